@@ -1,0 +1,72 @@
+"""A tiny random model and a byte-like tokenizer: every test of the code's logic runs in seconds, without files."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)  # tiny matrices on shared cores: more threads only wait for each other
+
+CHAT = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte and three special tokens; <|end|> is end and pad at once, <|stop|> a second end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        additional_special_tokens=["<|start|>", "<|stop|>"],
+    )
+    wrapped.chat_template = CHAT
+    return wrapped
+
+
+def tiny_model(vocab: int, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.3,  # wide enough that the tokens' probabilities differ
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_llm(seed: int = 0, token_budget: int = 32_768, trained: bool = True):
+    """An LLM of two layers. `trained`: LoRA's B is not zero, so the adapters change the output."""
+    from model import LLM
+
+    tokenizer = byte_tokenizer()
+    model = tiny_model(len(tokenizer), seed)
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, stop], top_p=0.5, top_k=3, repetition_penalty=1.5
+    )
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    if trained:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return LLM(model, tokenizer, token_budget=token_budget)
+
+
+@pytest.fixture
+def llm():
+    return tiny_llm()
