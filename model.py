@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
@@ -98,6 +99,22 @@ def resolve(name: str) -> str:
     return name
 
 
+def check_hub(source: str) -> None:
+    """Ask the hub for a model once, unless it is a folder or cached: `from_pretrained` would retry for a minute.
+
+    Raises UserError if the hub is out of reach or has no such model.
+    """
+    if Path(source).is_dir() or isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+        return
+    try:
+        huggingface_hub.model_info(source, timeout=10)
+    except Exception as error:  # from several libraries: no connection, no such model, no permission
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"cannot get model {source} from the hub: {reason} (offline? give a local folder, or --model smollm2)"
+        ) from None
+
+
 def dequantized(gguf: Path) -> Path:
     """A GGUF file -> a folder with the same weights in fp32, made once (transformers quantizes no GGUF to NF4)."""
     with gguf.open("rb") as file:
@@ -157,6 +174,7 @@ def load(
         bnb_4bit_compute_dtype=dtype,
     )
     source = resolve(name)
+    check_hub(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(
@@ -166,10 +184,7 @@ def load(
             quantization_config=nf4 if load_in == "4bit" else None,
         )
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cannot load model {name}: {reason} (offline? give a local folder, or --model smollm2)"
-        ) from None
+        raise UserError(f"cannot load model {name}: {str(error).strip().partition(chr(10))[0]}") from None
     torch.manual_seed(seed)  # the adapter's initial weights
     config = LoraConfig(
         r=lora_r,

@@ -532,7 +532,7 @@ def check_context(llm: LLM, cfg: Config) -> None:
     """The rubric writer has the longest prompt; better to find now than after hours that it does not fit."""
     document = round(1.4 * cfg.max_words)
     shown = cfg.problem_tokens + cfg.reference_tokens + cfg.rubric_answers * cfg.max_new_tokens
-    llm.check_length(document + shown + 96 * cfg.max_criteria + 200)
+    llm.check_length(document + shown + rubric.CRITERION_TOKENS * cfg.max_criteria + 200)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,9 @@ class Episode:
 # Openings of a problem. Each attempt begins with one: it spreads the problems over kinds of question, and a small
 # model that is told how to begin goes on sensibly where it would otherwise talk about its instructions.
 OPENINGS = {
-    "general": ["How does", "How did", "Why does", "Why did", "Why is", "What causes", "Explain why", "Explain how"],
-    "health": ["How can", "How does", "Why does", "Why is", "What causes", "What should", "Explain why", "Explain how"],
-    "writing": ["Write a story about", "Write a story in which", "Write the opening of a story about"],
+    "general": ["Why does", "Why did", "Why was", "Why is", "How did", "What happened", "Explain why", "Explain how"],
+    "health": ["Why does", "Why do", "Why is", "Why are", "Why should", "What causes", "How does", "Explain why"],
+    "writing": ["Write a story about", "Write a story in which"],
 }
 
 PROBLEM = {
@@ -90,12 +90,12 @@ Write one question about the text above. Output only the question.""",
 {document}
 </document>
 
-Write one question that a patient might ask about the text above. Output only the question.""",
+Write one question about health that the text above answers. Output only the question.""",
     "writing": """<document>
 {document}
 </document>
 
-In one sentence, ask a writer for a story about the people and things in the text above. Output only that sentence.""",
+Ask for a story in one sentence: who is the text above about, where are they, and what happens?""",
 }
 
 REFERENCE = {
@@ -116,9 +116,9 @@ Use the facts above to answer this in two or three sentences: {problem}""",
 Use the names and details above. {problem}""",
 }
 
-RUBRIC = """{answers}
+ANSWER = "<answer>\n{answer}\n</answer>\n\n"  # put before RUBRIC, once for each answer shown
 
-The above are answers to this problem: {problem}
+RUBRIC = """The above are answers to this problem: {problem}
 
 Reference answer: {reference}
 
@@ -326,14 +326,17 @@ def solve(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
 # ---------------------------------------------------------------------------------------------- rubric writer
 
 
+CRITERION_TOKENS = 100  # room for one filled-in criterion, labels included
+
+
 def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
     """A rubric for each problem, written after the answers and with some of them in view."""
     prompts = []
     for e in episodes:
         shown = length_spread([a.text for a in e.answers], cfg.rubric_answers)
-        answers = "\n\n".join(fill("<answer>\n{text}\n</answer>", text=text) for text in shown)
-        texts = fill(RUBRIC, document=e.document.text, problem=e.problem, reference=e.reference, answers="{answers}")
-        prompts.append(llm.encode("", texts.replace("{answers}", answers, 1)))
+        answers = "".join(fill(ANSWER, answer=text) for text in shown)
+        rest = fill(RUBRIC, document=e.document.text, problem=e.problem, reference=e.reference)
+        prompts.append(llm.encode("", answers + rest))
     for temperature in (0.0, 0.5, 0.5):  # greedy, then twice with some luck
         todo = [i for i, e in enumerate(episodes) if len(e.rubric) < 2]
         if not todo:
@@ -341,7 +344,7 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
         with role(llm, cfg):
             outputs = llm.generate(
                 [prompts[i] for i in todo],
-                max_new_tokens=96 * cfg.max_criteria,
+                max_new_tokens=CRITERION_TOKENS * cfg.max_criteria,
                 temperature=temperature,
                 forms=[rubric_form(cfg.max_criteria)] * len(todo),
                 banned=RUBRIC_WORDS.split(),
@@ -350,22 +353,27 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
         for i, (output,) in zip(todo, outputs, strict=True):
             e = episodes[i]
             written = parse_rubric(output.text)[: cfg.max_criteria]
-            kept = [c for c in written if criterion_fault(c, e.document.text) is None]
-            e.rubric = max(e.rubric, kept, key=len)
-            if len(kept) < 2:
-                e.reject("rubric", "criteria not from the document" if written else "no criterion", output.text)
+            faults = [criterion_fault(c, e.problem, e.document.text) for c in written]
+            kept = [c for c, fault in zip(written, faults, strict=True) if fault is None]
+            e.rubric = distinct(e.rubric + kept)[: cfg.max_criteria]
+            if not kept:
+                e.reject("rubric", faults[0] or "" if faults else "no complete criterion", output.text)
     for e in episodes:
         if not e.rubric:
             e.drop = f"rubric/{e.failures[-1]['reason']}"
 
 
-def criterion_fault(criterion: Criterion, document: str) -> str | None:
-    """Why a criterion is rejected, or None: a gold fact must stand on the document, whoever wrote it."""
+def criterion_fault(criterion: Criterion, problem: str, document: str) -> str | None:
+    """Why a criterion is rejected, or None: its gold must be a fact of the document that the problem does not give."""
+    if loops(criterion.description):
+        return "repeats itself"
     if "not applicable" in criterion.gold.lower():
         return None
-    gold = content_words(criterion.gold)
-    if len(gold & content_words(document)) < max(2, len(gold) / 2):
+    gold, known = content_words(criterion.gold), content_words(document)
+    if len(gold & known) < max(2, 0.6 * len(gold)):
         return "gold not from the document"
+    if not (gold - content_words(problem)) & known:
+        return "gold repeats the problem"
     return None
 
 
@@ -375,7 +383,7 @@ def rubric_form(max_criteria: int) -> list[Field]:
     for k in range(1, max_criteria + 1):
         form += [
             Field(f"{k}. Fact:", 32, optional=k > 2, distinct=True),
-            Field("Name:", 8),
+            Field("Name:", 6),
             Field("Description: The answer states", 32),
             Field("Weight: ", choices=("1", "2", "3", "4", "5")),
         ]
@@ -410,24 +418,31 @@ def parse_rubric(text: str) -> list[Criterion]:
         if not match:
             continue
         label, value = match[1].lower(), match[2].strip(" *_\t")
-        if ("gold" if label == "fact" else label) in blocks[-1]:
-            blocks.append({})  # a label that comes again begins the next criterion
-        blocks[-1]["gold" if label == "fact" else label] = value
+        label = "gold" if label == "fact" else label
+        if label in blocks[-1] or "weight" in blocks[-1]:
+            blocks.append({})  # a label that comes again, or one after the last, begins the next criterion
+        blocks[-1][label] = value
     criteria: list[Criterion] = []
     for block in blocks:
         weight = read_weight(block.get("weight", ""))
         if weight is None or not all(words(block.get(part, "")) for part in ("gold", "name", "description")):
             continue
-        criterion = Criterion(block["name"], block["gold"], block["description"], weight)
-        if not any(same(criterion, other) for other in criteria):
-            criteria.append(criterion)
-    return criteria
+        criteria.append(Criterion(block["name"], block["gold"], block["description"], weight))
+    return distinct(criteria)
 
 
 def read_weight(text: str) -> float | None:
     """A weight in (0, 100], or None."""
-    match = re.match(r"\d{1,3}(?:\.\d{1,6})?(?![\d.])", text)
+    match = re.match(r"\d{1,3}(?:\.\d{1,6})?(?![\w.])", text)
     return float(match[0]) if match and 0 < float(match[0]) <= 100 else None
+
+
+def distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
+    kept: list[Criterion] = []
+    for criterion in criteria:
+        if not any(same(criterion, other) for other in kept):
+            kept.append(criterion)
+    return kept
 
 
 def same(a: Criterion, b: Criterion) -> bool:
@@ -438,6 +453,9 @@ def same(a: Criterion, b: Criterion) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ judge
+
+
+RATING_TOKENS = 80  # room for one thought and rating, labels included
 
 
 def judge_prompt(problem: str, rubric: Sequence[Criterion], answer: str) -> str:
@@ -466,7 +484,7 @@ def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature
         return
     outputs = llm.generate(
         [llm.encode("", judge_prompt(e.problem, e.rubric, a.text)) for e, a in pairs],
-        max_new_tokens=60 * max(len(e.rubric) for e, _ in pairs),
+        max_new_tokens=RATING_TOKENS * max(len(e.rubric) for e, _ in pairs),
         temperature=temperature,
         forms=[judge_form(len(e.rubric)) for e, _ in pairs],
         desc="judge",
@@ -482,7 +500,7 @@ def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature
 def judge_form(criteria: int) -> list[Field]:
     form = []
     for k in range(1, criteria + 1):
-        form += [Field(f"{k}. Thought:", 32), Field("Rating: ", choices=("0", "1", "2"))]
+        form += [Field(f"{k}. Thought:", 48), Field("Rating: ", choices=("0", "1", "2"))]
     return form
 
 
@@ -499,7 +517,7 @@ def parse_ratings(text: str, criteria: int) -> tuple[list[str], list[float]] | N
             continue
         if match[1].lower() == "thought":
             thoughts.append(match[2].strip())
-        elif rating := re.match(r"\W*([012])(?![\d.])", match[2]):
+        elif rating := re.match(r"[\s*_`(]*([012])(?![\w.])", match[2]):
             ratings.append(float(rating[1]))
         else:
             return None
@@ -529,7 +547,7 @@ def rating_lines(llm: LLM, rubric: Sequence[Criterion]) -> tuple[list[int], list
     ids: list[int] = []
     positions = []
     for k, criterion in enumerate(rubric, 1):
-        label, digits = llm.choice_ids(f"{k}. {criterion.name}\nRating: ", "012")
+        label, digits = llm.choice_ids(fill("{k}. {name}", k=str(k), name=criterion.name) + "\nRating: ", "012")
         ids += label
         positions.append(len(ids) - 1)
         ids += [digits[1], *llm.text_ids("\n")]

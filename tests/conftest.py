@@ -1,4 +1,4 @@
-"""A tiny random model and a byte-like tokenizer: every test of the code's logic runs in seconds, without files."""
+"""A tiny random model and a byte tokenizer: tests of the code's logic run in seconds, without files."""
 
 import sys
 from pathlib import Path
@@ -18,10 +18,13 @@ CHAT = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte and three special tokens; <|end|> is end and pad at once, <|stop|> a second end."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
+def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+    """One token per byte and three special tokens; <|end|> is end and pad at once, <|stop|> a second end.
+
+    `merges` adds tokens of two bytes, in the alphabet of byte-level BPE (Ġ is the space).
+    """
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(
@@ -34,12 +37,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def tiny_model(vocab: int, seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(vocab: int, seed: int = 0, width: int = 32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

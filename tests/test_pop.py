@@ -1,0 +1,313 @@
+"""The method: advantages, the GRPO loss and its gradient, the update, and that the loop learns."""
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_llm
+
+import pop
+from data import Document, UserError
+from pop import Config
+from rubric import Answer, Criterion, Episode
+
+CFG = Config()
+RUBRIC = [Criterion("n", "g", "d", 1.0)]
+
+
+def group(llm, rewards, seed=0, prompt="Why?", lengths=None) -> Episode:
+    """A graded group with random completions of different lengths."""
+    rng = random.Random(seed)
+    lengths = lengths or [rng.randint(1, 9) for _ in rewards]
+    answers = [
+        Answer("", [rng.randrange(256) for _ in range(n)], ratings=[r * 2], grade=r, reward=r)
+        for n, r in zip(lengths, rewards, strict=True)
+    ]
+    for answer, advantage in zip(answers, pop.group_advantages(rewards), strict=True):
+        answer.advantage = advantage
+    return Episode(Document("d", ""), prompt, "r", answers, RUBRIC, llm.encode("", prompt))
+
+
+def gradients(llm, episodes, cfg) -> list[torch.Tensor]:
+    """The gradient one update uses, caught where it would be clipped."""
+    optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    caught: list[torch.Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: caught.extend(p.grad.clone() for p in pop.trainable(llm)))
+    pop.update(llm, optimizer, scheduler, episodes, replace(cfg, max_grad_norm=1e9))
+    return caught
+
+
+# --------------------------------------------------------------------------------------------------- advantages
+
+
+def test_advantage_is_reward_minus_group_mean():
+    assert pop.group_advantages([1.0, 0.0, 0.5, 0.5]) == [0.5, -0.5, 0.0, 0.0]
+
+
+def test_std_scaling_divides_by_the_sample_standard_deviation():
+    assert pop.group_advantages([1.0, 0.0], scale_by_std=True) == pytest.approx([0.70701, -0.70701], abs=1e-4)
+
+
+def test_zero_spread_group_is_dropped_and_others_kept():
+    flat = Episode(Document("a", ""), answers=[Answer("x", [1], ratings=[1.0]) for _ in range(3)], rubric=RUBRIC)
+    mixed = Episode(Document("b", ""), answers=[Answer("x", [1], ratings=[r]) for r in (0.0, 2.0)], rubric=RUBRIC)
+    pop.grade([flat, mixed], CFG)
+    assert (flat.drop, mixed.drop) == ("group/zero spread", None)
+
+
+def test_unreadable_grades_drop_the_answer_and_are_never_scored_zero():
+    answers = [Answer("x", [1], ratings=[2.0]), Answer("y", [1], ratings=None), Answer("z", [1], ratings=[1.0])]
+    episode = Episode(Document("a", ""), answers=answers, rubric=RUBRIC)
+    pop.grade([episode], CFG)
+    assert [a.text for a in episode.answers] == ["x", "z"]
+    assert [a.advantage for a in episode.answers] == [0.25, -0.25]
+
+
+def test_group_with_fewer_than_two_readable_answers_is_dropped():
+    answers = [Answer("x", [1], ratings=[2.0]), Answer("y", [1], ratings=None)]
+    episode = Episode(Document("a", ""), answers=answers, rubric=RUBRIC)
+    pop.grade([episode], CFG)
+    assert episode.drop == "judge/unreadable ratings"
+
+
+def test_length_penalty_scales_the_reward_of_long_answers_only():
+    cfg = replace(CFG, max_new_tokens=100, soft_length=0.6, length_floor=0.5)
+    answers = [Answer("x", [1] * n, ratings=[2.0]) for n in (60, 80, 100)]
+    episode = Episode(Document("a", ""), answers=answers, rubric=RUBRIC)
+    pop.grade([episode], cfg)
+    assert [a.reward for a in answers] == pytest.approx([1.0, 0.75, 0.5])
+    assert [a.grade for a in answers] == [1.0, 1.0, 1.0]
+
+
+# --------------------------------------------------------------------------------------------------------- loss
+
+
+def test_loss_and_gradient_of_a_hand_worked_case():
+    # Ratios 1.5, 0.5, 1.0 with clip range [0.8, 1.28]. Token 1, A=+1: min(1.5, 1.28) = 1.28, clipped, no gradient.
+    # Token 2, A=-1: min(-0.5, -0.8) = -0.8, clipped, no gradient. Token 3, A=+2: 2.0, gradient of the loss -2.
+    # k3 against ref = logp + ln 2 for token 3 only: 2 - ln 2 - 1; its gradient 1 - 2 = -1. Total 4 tokens.
+    logps = torch.tensor([math.log(1.5), math.log(0.5), 0.0], dtype=torch.float64, requires_grad=True)
+    old = torch.zeros(3, dtype=torch.float64)
+    ref = logps.detach() + torch.tensor([0.0, 0.0, math.log(2.0)])
+    cfg = replace(CFG, clip_low=0.2, clip_high=0.28, kl_coef=0.1)
+    loss, sums = pop.grpo_loss(logps, old, ref, torch.tensor([1.0, -1.0, 2.0]), 4, cfg)
+    loss.backward()
+    kl = 1 - math.log(2.0)
+    assert loss.item() == pytest.approx((-1.28 + 0.8 - 2.0 + 0.1 * kl) / 4)
+    assert logps.grad.tolist() == pytest.approx([0.0, 0.0, (-2.0 - 0.1) / 4])
+    assert sums["clipped"] == 2 and sums["kl"] == pytest.approx(kl)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_update_equals_a_naive_float64_version(seed):
+    """Random shapes: loss and gradient of the whole update against autograd through full logits, row by row."""
+    rng = random.Random(seed)
+    llm = tiny_llm(seed)
+    cfg = replace(CFG, temperature=rng.choice([0.7, 1.0, 1.3]), kl_coef=rng.choice([0.0, 0.05]), update_tokens=10_000)
+    episodes = [
+        group(llm, [rng.random() for _ in range(rng.randint(2, 5))], seed=seed * 10 + i, prompt="Why" + "?" * i)
+        for i in range(rng.randint(1, 3))
+    ]
+    got = gradients(llm, episodes, cfg)
+
+    llm.model.double()
+    total = sum(len(a.ids) for e in episodes for a in e.answers)
+    loss = torch.zeros((), dtype=torch.float64)
+    for e in episodes:
+        for a in e.answers:
+            row = torch.tensor([e.prompt_ids + a.ids])
+
+            def completion_logps(row=row, n=len(a.ids), ids=a.ids):
+                logits = llm.model(input_ids=row).logits[0, -n - 1 : -1] / cfg.temperature
+                return logits.log_softmax(-1)[range(n), ids]
+
+            logps = completion_logps()
+            loss = loss - a.advantage * (logps - logps.detach()).exp().sum() / total
+            if cfg.kl_coef:
+                with torch.no_grad(), llm.adapters_off():
+                    ref = completion_logps()
+                loss = loss + cfg.kl_coef * ((ref - logps).exp() - (ref - logps) - 1).sum() / total
+    wanted = torch.autograd.grad(loss, pop.trainable(llm))
+    for mine, naive in zip(got, wanted, strict=True):
+        assert (mine - naive).norm() < 1e-4 * naive.norm() + 1e-9
+
+
+def test_micro_batch_size_does_not_change_the_gradient(llm):
+    episodes = [group(llm, [1.0, 0.0, 0.5, 0.2], seed=s, prompt="Why" + "?" * s) for s in range(3)]
+    one_by_one, all_at_once = (gradients(llm, episodes, replace(CFG, update_tokens=n)) for n in (1, 100_000))
+    assert len(pop.micro_batches(llm, episodes, 1)) == 12 and len(pop.micro_batches(llm, episodes, 100_000)) == 1
+    for a, b in zip(one_by_one, all_at_once, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_zero_spread_group_gives_zero_gradient(llm):
+    episode = group(llm, [0.5, 0.5, 0.5])
+    assert all(g.abs().max() == 0 for g in gradients(llm, [episode], replace(CFG, kl_coef=0.0)))
+
+
+def test_end_token_is_trained_on_even_where_it_is_the_pad_token(llm):
+    end = llm.tokenizer.eos_token_id
+    assert end == llm.pad_id
+    episode = group(llm, [1.0, 0.0], lengths=[3, 5])
+    for answer in episode.answers:
+        answer.ids[-1] = end
+    (part,) = pop.micro_batches(llm, [episode], 10_000)
+    trained = part.ids[part.completion_mask.bool()].tolist()
+    assert sorted(trained) == sorted(t for a in episode.answers for t in a.ids)
+    assert trained.count(end) == 2
+
+
+def test_several_updates_on_one_batch_leave_the_ratio_and_clip(llm):
+    episode = group(llm, [1.0, 0.0, 1.0, 0.0], lengths=[6, 6, 6, 6])
+    cfg = replace(CFG, updates_per_batch=4, lr=0.05, steps=1, warmup_steps=0)
+    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    assert pop.update(llm, optimizer, scheduler, [episode], cfg)["clipped"] > 0
+
+
+def test_kl_is_zero_before_training_and_positive_after():
+    llm = tiny_llm(trained=False)
+    episode = group(llm, [1.0, 0.0, 1.0, 0.0])
+    cfg = replace(CFG, lr=0.05, steps=2, warmup_steps=0)
+    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    first = pop.update(llm, optimizer, scheduler, [episode], cfg)["kl"]
+    second = pop.update(llm, optimizer, scheduler, [episode], cfg)["kl"]
+    assert first == pytest.approx(0.0, abs=1e-9) and second > 1e-6
+
+
+def test_learning_rate_rises_then_falls_and_is_never_zero():
+    factors = [pop.lr_factor(u, warmup=3, total=10) for u in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert all(a > b > 0 for a, b in zip(factors[3:], factors[4:], strict=False))
+
+
+# ----------------------------------------------------------------------------------------------------- learning
+
+
+def test_the_loop_learns_a_rewarded_behaviour():
+    """A random model is rewarded for the share of vowels in its answers, under the trainer's own functions."""
+    llm = tiny_llm(trained=False)
+    cfg = replace(CFG, steps=40, lr=0.02, warmup_steps=2, max_new_tokens=12, group_size=16, kl_coef=0.0)
+    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    torch.manual_seed(0)
+    rewards = []
+    for _ in range(cfg.steps):
+        episodes = [Episode(Document(p, ""), p, rubric=RUBRIC) for p in ("Say something.", "And now?")]
+        pop.rubric.solve(llm, episodes, cfg)
+        for answer in (a for e in episodes for a in e.answers):
+            answer.ratings = [2.0 * sum(chr(t) in "aeiou" for t in map(int_of(llm), answer.ids)) / len(answer.ids)]
+        rewards.append(sum(a.ratings[0] / 2 for e in episodes for a in e.answers) / 32)
+        pop.grade(episodes, replace(cfg, length_floor=1.0))
+        pop.update(llm, optimizer, scheduler, pop.alive(episodes), cfg)
+    before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert before < 0.1 and after > 0.6, (before, after)
+
+
+def int_of(llm):
+    """Token id -> the byte it stands for (special tokens: 0)."""
+
+    def byte(token: int) -> int:
+        text = llm.tokenizer.decode([token], skip_special_tokens=True)
+        return ord(text) if len(text) == 1 else 0
+
+    return byte
+
+
+# --------------------------------------------------------------------------------------------- the run, its files
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Self-play with a random model: the quality gates, which its noise cannot pass, are opened."""
+    for gate in ("problem_fault", "reference_fault", "criterion_fault"):
+        monkeypatch.setattr(pop.rubric, gate, lambda *_: None)
+    monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
+    return ["--preset", "demo", "--steps", "2", "--documents", "2", "--max-new-tokens", "16"]
+
+
+def test_a_run_leaves_config_metrics_episodes_and_an_adapter(played, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert pop.main([*played, "--output", str(run)]) == 0
+    config = json.loads((run / "config.json").read_text())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    episodes = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    assert config["steps"] == 2 and config["model"] == "smollm2"
+    assert [m["step"] for m in metrics] == [1, 2] and len(episodes) == 4
+    assert {"propose", "solve", "rubric", "judge", "update"} == set(metrics[0]["seconds"])
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    for e in episodes:
+        for a in e["answers"]:
+            rating = sum(c["weight"] * r for c, r in zip(e["rubric"], a["ratings"], strict=True))
+            assert a["grade"] == pytest.approx(rating / sum(2 * c["weight"] for c in e["rubric"]))
+    printed = capsys.readouterr().out
+    assert "step 2/2" in printed and "criterion" in printed
+
+
+def test_same_seed_same_run(played, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        pop.main([*played, "--output", str(tmp_path / name)])
+        runs.append((tmp_path / name / "episodes.jsonl").read_text())
+    assert runs[0] == runs[1]
+
+
+def test_ctrl_c_saves_the_adapter_and_says_where(played, tmp_path, monkeypatch, capsys):
+    steps = iter([None, KeyboardInterrupt])
+    real = pop.update
+
+    def interrupted(*args):
+        if next(steps):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pop, "update", interrupted)
+    assert pop.main([*played, "--output", str(tmp_path / "run")]) == 130
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "interrupted" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- a user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--preset", "12gb"], "12gb"),
+        (["--group-size", "1"], "--group-size 1"),
+        (["--corpus", "./nowhere"], "nowhere"),
+        (["--model", "./nowhere"], "nowhere"),
+        (["--max-criteria", "9"], "--max-criteria 9"),
+        (["--steps", "0"], "--steps 0"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(flags, words):
+    with pytest.raises(UserError, match=words) as caught:
+        pop.main(["--preset", "demo", *flags] if flags[0] != "--preset" else flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_flag_exits_with_an_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        pop.main(["--preset", "demo", "--grup-size", "4"])
+    assert caught.value.code == 2 and "--grup-size" in capsys.readouterr().err
+
+
+def test_an_output_folder_with_a_run_in_it_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        pop.new_run(replace(CFG, output=str(tmp_path)))
+
+
+def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):
+    with pytest.raises(UserError, match="context is 2048"):
+        pop.check_context(llm, replace(CFG, max_words=5000))
+
+
+def test_preset_flags_on_top_of_a_preset(capsys):
+    cfg = pop.parse_args(["--preset", "24gb", "--lr", "3e-5"])
+    assert (cfg.model, cfg.lr, cfg.judge) == ("Qwen/Qwen2.5-7B-Instruct", 3e-5, "generate")
+    assert "preset 24gb" in capsys.readouterr().out
