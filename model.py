@@ -61,14 +61,17 @@ class Field:
     """One line of a form: the label is given, the value is the model's, up to the end of the line.
 
     `choices`: the value is one of these single-token strings. `optional`: the model may end the form instead.
-    `distinct`: the value begins with another token than the form's earlier distinct values.
+    `min_tokens`: the line does not end before so many. `distinct`: the value begins with another token than the
+    form's earlier distinct values. `within`: the value is written with the tokens of this text alone.
     """
 
     label: str
     max_tokens: int = 40
     choices: tuple[str, ...] = ()
     optional: bool = False
+    min_tokens: int = 1
     distinct: bool = False
+    within: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -299,6 +302,7 @@ class LLM:
         """
         full = [self.text_ids(label + choice) for choice in choices]
         shared = list(os.path.commonprefix(full))  # noqa: RUF071 (it compares any sequences)
+        shared = shared[: min(map(len, full)) - 1]
         following = [ids[len(shared)] for ids in full]
         if len(set(following)) < len(choices):
             raise ValueError(f"choices {choices} do not differ in the token after {label!r}")
@@ -383,6 +387,8 @@ class LLM:
     def _prefill(self, ids: torch.Tensor, mask: torch.Tensor, n: int) -> DynamicCache:
         """Run all but the last prompt token once and repeat the cache n times; generate() goes on from there."""
         cache = DynamicCache(config=self.model.config)
+        if ids.shape[1] == 1:
+            return cache
         self.model(
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
@@ -486,7 +492,7 @@ class LLM:
     @torch.no_grad()
     def _check_head(self) -> None:
         """Some architectures scale or cap the logits after the head; this code would silently miss that."""
-        ids = torch.tensor([self.eos_ids[:1] * 2], device=self.device)
+        ids = torch.arange(8, device=self.device)[None]
         with self.autocast():
             logits = self.model(input_ids=ids).logits.float()
             own = self.model.get_output_embeddings()(self.hidden(ids, torch.ones_like(ids))).float()
@@ -550,6 +556,8 @@ class FormFiller(LogitsProcessor):
     def __init__(self, llm: LLM, forms: Sequence[Sequence[Field]]) -> None:
         vocabulary = llm.tokenizer.convert_ids_to_tokens(range(len(llm.tokenizer)))
         self.line_ends = {i for i, t in enumerate(vocabulary) if t and ("\n" in t or "Ċ" in t or t == "<0x0A>")}
+        blank = {i for i, t in enumerate(vocabulary) if t and not t.strip(" \t\r▁Ġĉč")}
+        self.not_first = self.line_ends | blank  # a value does not begin with these
         self.newline = llm.text_ids("\n")[-1]
         self.special = sorted({*llm.eos_ids, *llm.tokenizer.all_special_ids})
         self.eos = llm.eos_ids[0]
@@ -567,8 +575,8 @@ class FormFiller(LogitsProcessor):
         self.started = True
         scores = scores.clone()
         for i, wanted in enumerate(self.wanted):
-            if isinstance(wanted, list):  # one of these
-                kept = scores[i, wanted].clone() if len(wanted) > 1 else 0.0  # a label may hold a banned word
+            if isinstance(wanted, list):  # one of these; a label may hold a banned word
+                kept = scores[i, wanted].clone() if len(wanted) > 1 else 0.0
                 scores[i] = -torch.inf
                 scores[i, wanted] = kept
             else:  # free text without these; an end token means the end of the line
@@ -593,10 +601,13 @@ def _fill(filler: FormFiller, llm: LLM, form: Sequence[Field]) -> Generator[list
                 return
         if choices:
             came = yield choices
+        own = {*llm.text_ids(line.within), filler.newline} - set(filler.special) if line.within else set()
         for count in range(line.max_tokens if not choices else 0):
-            empty = count == 0  # a value has at least one token
-            came = yield (filler.line_ends | begun if line.distinct else filler.line_ends) if empty else set()
-            if empty and line.distinct:
+            avoid = filler.line_ends if count < line.min_tokens else set()
+            if count == 0:
+                avoid = filler.not_first | (begun if line.distinct else set())
+            came = yield sorted(own - avoid) if own else avoid
+            if count == 0 and line.distinct:
                 begun.add(came)
             if came in filler.line_ends:
                 break

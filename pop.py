@@ -76,11 +76,15 @@ class Config:
     proposer_temperature: float = 1.0
     tries: int = 5
     """Attempts at a problem before a document is dropped."""
+    tries_at_once: int = 1
+    """Attempts made side by side: wasteful where the first is nearly always good, faster where it is not."""
     problem_tokens: int = 192
     reference_tokens: int = 384
     rubric_answers: int = 6
     """How many answers, spread over their lengths, the rubric writer sees (paper: about 10)."""
     max_criteria: int = 5
+    criterion_tokens: int = 100
+    """Room for one criterion of the rubric: fact, name, description and weight with their labels."""
     judge: Literal["generate", "logits"] = "generate"
     """generate: thoughts and ratings are written; logits: expected ratings, read without decoding."""
     roles: Literal["base", "policy"] = "base"
@@ -137,10 +141,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_new_tokens=64,
         temperature=0.7,
         proposer_temperature=0.4,
-        problem_tokens=48,
-        reference_tokens=80,
+        tries_at_once=5,
+        problem_tokens=40,
+        reference_tokens=64,
         rubric_answers=2,
-        max_criteria=3,
+        max_criteria=2,
+        criterion_tokens=76,
         judge="logits",
         lr=1e-4,
         warmup_steps=1,
@@ -532,7 +538,7 @@ def check_context(llm: LLM, cfg: Config) -> None:
     """The rubric writer has the longest prompt; better to find now than after hours that it does not fit."""
     document = round(1.4 * cfg.max_words)
     shown = cfg.problem_tokens + cfg.reference_tokens + cfg.rubric_answers * cfg.max_new_tokens
-    llm.check_length(document + shown + rubric.CRITERION_TOKENS * cfg.max_criteria + 200)
+    llm.check_length(document + shown + cfg.criterion_tokens * cfg.max_criteria + 200)
 
 
 if __name__ == "__main__":

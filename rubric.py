@@ -168,10 +168,10 @@ def role(llm: LLM, cfg: "Config") -> contextlib.AbstractContextManager[None]:
 
 
 def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.Random) -> list[Episode]:
-    """A problem and a reference answer from each document, in up to cfg.tries attempts."""
+    """A problem and a reference answer from each document: the first of up to cfg.tries attempts that passes."""
     episodes = [Episode(document) for document in documents]
-    for _ in range(cfg.tries):
-        todo = [e for e in episodes if not e.reference]
+    for _ in range(0, cfg.tries, cfg.tries_at_once):
+        todo = [e for e in episodes if not e.reference for _ in range(cfg.tries_at_once)]
         if not todo:
             break
         openings = [rng.choice(OPENINGS[cfg.task]) for _ in todo]
@@ -184,26 +184,25 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.
                 banned=SOURCE_WORDS.split(),
                 desc="propose",
             )
-        asked = []
+        problems = []
         for e, opening, (output,) in zip(todo, openings, outputs, strict=True):
-            e.problem, finished = first_paragraph(opening, output.text, output.finished)
-            fault = problem_fault(e.problem, finished, e.document.text)
+            problem, finished = first_paragraph(opening, output.text, output.finished)
+            fault = problem_fault(problem, finished, e.document.text)
             if fault:
-                e.reject("proposer", fault, e.problem)
+                e.reject("proposer", fault, problem)
             else:
-                asked.append(e)
-        write_references(llm, asked, cfg)
+                problems.append((e, problem))
+        if problems:
+            write_references(llm, problems, cfg)
     for e in episodes:
         if not e.reference:
             e.drop = f"proposer/{e.failures[-1]['reason']}"
     return episodes
 
 
-def write_references(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
-    """Answer each problem with the document at hand; a pair that is no use is rejected."""
-    if not episodes:
-        return
-    prompts = [fill(REFERENCE[cfg.task], document=e.document.text, problem=e.problem) for e in episodes]
+def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Config") -> None:
+    """Answer each problem with the document at hand; an episode keeps its first pair that is of use."""
+    prompts = [fill(REFERENCE[cfg.task], document=e.document.text, problem=problem) for e, problem in problems]
     with role(llm, cfg):
         outputs = llm.generate(
             [llm.encode("", prompt) for prompt in prompts],
@@ -212,13 +211,13 @@ def write_references(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> No
             banned=SOURCE_WORDS.split(),
             desc="reference",
         )
-    for e, (output,) in zip(episodes, outputs, strict=True):
+    for (e, problem), (output,) in zip(problems, outputs, strict=True):
         reference = output.text if output.finished else whole_sentences(output.text)
-        fault = reference_fault(reference, e.problem, e.document.text)
+        fault = reference_fault(reference, problem, e.document.text)
         if fault:
-            e.reject("proposer", fault, f"{e.problem}\n{output.text}")
-        else:
-            e.reference = reference
+            e.reject("proposer", fault, f"{problem}\n{output.text}")
+        elif not e.reference:
+            e.problem, e.reference = problem, reference
 
 
 def first_paragraph(opening: str, text: str, finished: bool) -> tuple[str, bool]:
@@ -282,12 +281,13 @@ def problem_fault(problem: str, finished: bool, document: str) -> str | None:
         return "mentions the text"
     if loops(problem):
         return "repeats itself"
-    if len(content_words(problem) & content_words(document)) < 2:
+    asked = content_words(problem)
+    if len(asked & content_words(document)) < min(2, max(1, len(asked) / 2)):
         return "not about the document"
     return None
 
 
-def reference_fault(reference: str, problem: str, document: str, n: int = 8) -> str | None:
+def reference_fault(reference: str, problem: str, document: str, n: int = 10) -> str | None:
     """Why a pair of problem and reference is rejected, or None. `n`: words in a row that give the answer away."""
     if len(words(reference)) < 8:
         return "reference too short"
@@ -326,9 +326,6 @@ def solve(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
 # ---------------------------------------------------------------------------------------------- rubric writer
 
 
-CRITERION_TOKENS = 100  # room for one filled-in criterion, labels included
-
-
 def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
     """A rubric for each problem, written after the answers and with some of them in view."""
     prompts = []
@@ -337,37 +334,48 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
         answers = "".join(fill(ANSWER, answer=text) for text in shown)
         rest = fill(RUBRIC, document=e.document.text, problem=e.problem, reference=e.reference)
         prompts.append(llm.encode("", answers + rest))
-    for temperature in (0.0, 0.5, 0.5):  # greedy, then twice with some luck
+    for temperature, n in ((0.0, 1), (0.5, 3)):  # greedy; where that is too little, three samples as well
         todo = [i for i, e in enumerate(episodes) if len(e.rubric) < 2]
         if not todo:
             break
         with role(llm, cfg):
             outputs = llm.generate(
                 [prompts[i] for i in todo],
-                max_new_tokens=CRITERION_TOKENS * cfg.max_criteria,
+                n=n,
+                max_new_tokens=cfg.criterion_tokens * cfg.max_criteria,
                 temperature=temperature,
-                forms=[rubric_form(cfg.max_criteria)] * len(todo),
+                forms=[rubric_form(cfg, episodes[i].document.text) for i in todo],
                 banned=RUBRIC_WORDS.split(),
                 desc="rubric",
             )
-        for i, (output,) in zip(todo, outputs, strict=True):
-            e = episodes[i]
-            written = parse_rubric(output.text)[: cfg.max_criteria]
-            faults = [criterion_fault(c, e.problem, e.document.text) for c in written]
-            kept = [c for c, fault in zip(written, faults, strict=True) if fault is None]
-            e.rubric = distinct(e.rubric + kept)[: cfg.max_criteria]
-            if not kept:
-                e.reject("rubric", faults[0] or "" if faults else "no complete criterion", output.text)
+        for i, group in zip(todo, outputs, strict=True):
+            for output in group:
+                keep_criteria(episodes[i], output.text, cfg.max_criteria)
     for e in episodes:
         if not e.rubric:
             e.drop = f"rubric/{e.failures[-1]['reason']}"
 
 
+def keep_criteria(episode: Episode, text: str, max_criteria: int) -> None:
+    """Add the good criteria of one output to an episode's rubric; an output without any is a failure."""
+    faults = []
+    for criterion in parse_rubric(text):
+        fault = criterion_fault(criterion, episode.problem, episode.document.text)
+        if fault:
+            faults.append(fault)
+        else:
+            episode.rubric = distinct([*episode.rubric, criterion])[:max_criteria]
+    if not episode.rubric:
+        episode.reject("rubric", faults[0] if faults else "no complete criterion", text)
+
+
 def criterion_fault(criterion: Criterion, problem: str, document: str) -> str | None:
     """Why a criterion is rejected, or None: its gold must be a fact of the document that the problem does not give."""
-    if loops(criterion.description):
+    if len(words(criterion.description)) < 6:
+        return "description too short"
+    if loops(criterion.description, times=2) or loops(criterion.gold, times=2):
         return "repeats itself"
-    if "not applicable" in criterion.gold.lower():
+    if words(criterion.gold) == ["not", "applicable"]:
         return None
     gold, known = content_words(criterion.gold), content_words(document)
     if len(gold & known) < max(2, 0.6 * len(gold)):
@@ -377,14 +385,19 @@ def criterion_fault(criterion: Criterion, problem: str, document: str) -> str | 
     return None
 
 
-def rubric_form(max_criteria: int) -> list[Field]:
-    """The record a rubric writer fills in: two criteria, then more if it wants to."""
+def rubric_form(cfg: "Config", document: str) -> list[Field]:
+    """The record a rubric writer fills in: two criteria (if so many are allowed), then more if it wants to.
+
+    A fact is written in the document's own words, or the writer would take it from the answers it is shown.
+    """
+    own_words = f" {document} not applicable"
+    room = (cfg.criterion_tokens - 28) // 2  # labels, name and weight take 28
     form = []
-    for k in range(1, max_criteria + 1):
+    for k in range(1, cfg.max_criteria + 1):
         form += [
-            Field(f"{k}. Fact:", 32, optional=k > 2, distinct=True),
+            Field(f"{k}. Fact:", room, min_tokens=3, optional=k > 2, distinct=True, within=own_words),
             Field("Name:", 6),
-            Field("Description: The answer states", 32),
+            Field("Description: The answer states", room, min_tokens=5),
             Field("Weight: ", choices=("1", "2", "3", "4", "5")),
         ]
     return form
@@ -413,11 +426,11 @@ def parse_rubric(text: str) -> list[Criterion]:
     [Criterion(name='Volume', gold='5 litres', description='Gives the volume.', weight=3.0)]
     """
     blocks: list[dict[str, str]] = [{}]
-    for line in text.splitlines():
+    for line in text.split("\n"):
         match = RUBRIC_LINE.match(line)
         if not match:
             continue
-        label, value = match[1].lower(), match[2].strip(" *_\t")
+        label, value = match[1].lower(), match[2].strip(" *_\t\r")
         label = "gold" if label == "fact" else label
         if label in blocks[-1] or "weight" in blocks[-1]:
             blocks.append({})  # a label that comes again, or one after the last, begins the next criterion
@@ -511,7 +524,7 @@ def parse_ratings(text: str, criteria: int) -> tuple[list[str], list[float]] | N
     """A judge's text -> (thoughts, ratings), or None unless it gives exactly one rating 0, 1 or 2 per criterion."""
     thoughts: list[str] = []
     ratings: list[float] = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         match = RATING_LINE.match(line)
         if not match:
             continue

@@ -200,9 +200,7 @@ def test_iteration_goes_through_the_epochs_without_end(many):
 def test_no_text_comes_twice_in_an_epoch(tmp_path):
     (tmp_path / "a.txt").write_text("same text")
     (tmp_path / "b.txt").write_text("same text\n")
-    write_jsonl(
-        tmp_path / "t.jsonl", [{"text": "same text"}, {"text": "same text but longer"}, {"text": "other"}]
-    )
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "same text"}, {"text": "same text but longer"}, {"text": "other"}])
     corpus = corpus_of(tmp_path, max_words=2)
     assert sorted(texts(corpus)) == ["other", "same text"]
     assert corpus.skipped == {"duplicate": 3}

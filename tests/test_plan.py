@@ -1,0 +1,176 @@
+"""What plan.py promises: sizes worked by hand, and nothing downloaded."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import peft
+import pytest
+import transformers
+
+import plan
+from data import UserError
+from plan import CONTEXT, GIB, KNOWN, Batch, PeakMemory, Shapes, predict, shapes_of, work_of
+from pop import PRESETS, Config
+
+QWEN_7B = KNOWN["Qwen/Qwen2.5-7B"]
+TINY = Shapes(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=48, vocab=64, tied=True)
+
+
+def config_of(preset: str) -> Config:
+    return Config(**{"preset": preset} | PRESETS[preset])
+
+
+def tiny_llama() -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            vocab_size=64,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),  # as the hub counts them
+    [
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-3B", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("Qwen/Qwen2.5-14B", 14_770_033_664),
+    ],
+)
+def test_known_models_have_their_published_parameter_counts(name: str, params: int):
+    assert shapes_of(name).params == params
+
+
+def test_qwen_7b_by_hand():
+    assert QWEN_7B.linear_params * (0.5 + 1 / 64 + 1 / 4096) / GIB == pytest.approx(3.14, abs=0.005)
+    assert QWEN_7B.embedding_params * 2 / GIB == pytest.approx(2.03, abs=0.005)
+    assert QWEN_7B.lora_params(32) * 16 / GIB == pytest.approx(1.20, abs=0.005)
+    assert QWEN_7B.kv_bytes(2) == 56 * 1024
+
+
+def test_resident_memory_is_weights_adapters_and_moments():
+    loaded = predict(TINY, {}, device="cpu", load_in="fp32", lora_r=4)["load"]
+    assert loaded == CONTEXT["cpu"] + 4 * (TINY.params + TINY.lora_params(4))
+    work = {"solve": Batch(1, 1, 1)}
+    new, trained = (predict(TINY, work, device="cpu", lora_r=4, trained=t)["solve"] for t in (False, True))
+    assert trained - new == 8 * TINY.lora_params(4)
+
+
+def test_tiny_update_by_hand():
+    # 3 rows of 5 + 2 tokens: 21 tokens of which 6 are scored, in fp32.
+    inputs = 3 * 21 * 32  # two layers' inputs and the last output
+    states = 2 * 6 * 32
+    layer = 21 * (3 * 32 + 4 * 32 + 4 * 48 + 7 * 4) + 21 * 3 * 48
+    mask = 3 * 7 * 7 * 5
+    assert plan.update_bytes(TINY, Batch(3, 5, 2), 4, lora_r=4) == 4 * (inputs + states + layer) + mask
+
+
+def test_lora_parameters_are_those_peft_creates():
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_llama(), config)
+    assert TINY.lora_params(4) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_folder_is_read_from_its_config(tmp_path: Path):
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path)
+    shapes = shapes_of(str(tmp_path))
+    assert shapes == TINY
+    assert shapes.params == sum(p.numel() for p in model.parameters())
+
+
+def test_the_packaged_model_is_read_from_its_gguf_without_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shapes = shapes_of("smollm2")
+    assert shapes.params == 134_515_008
+    assert (shapes.layers, shapes.heads, shapes.kv_heads, shapes.head_dim, shapes.tied) == (
+        30,
+        9,
+        3,
+        64,
+        True,
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_hub_model_offline_is_a_user_error(monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    with pytest.raises(UserError, match=r"someone/unheard-of from the hub: no route to the hub \(offline\?"):
+        shapes_of("someone/unheard-of")
+
+
+def test_a_missing_folder_is_a_user_error():
+    with pytest.raises(UserError, match="not found"):
+        shapes_of("./nowhere")
+
+
+def test_a_model_of_another_kind_is_a_user_error(tmp_path: Path):
+    transformers.T5Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no plan for models of type t5"):
+        shapes_of(str(tmp_path))
+
+
+def test_24gb_preset_fits_20_gib_in_every_phase():
+    cfg = config_of("24gb")
+    assert (cfg.group_size, cfg.documents, cfg.max_new_tokens) == (8, 4, 768)
+    for judge in ("generate", "logits"):
+        memory = predict(shapes_of(cfg.model), work_of(replace(cfg, judge=judge)), device="cuda")
+        assert set(memory) == {"load", "propose", "solve", "rubric", "judge", "update"}
+        assert max(memory.values()) <= 20 * GIB, memory
+
+
+def test_48gb_preset_fits_44_gib_in_every_phase():
+    cfg = config_of("48gb")
+    assert max(predict(shapes_of(cfg.model), work_of(cfg), device="cuda").values()) <= 44 * GIB
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_batch_exceeds_its_token_budget(preset: str):
+    cfg = config_of(preset)
+    for role, batch in work_of(cfg).items():
+        budget = cfg.update_tokens if role == "update" else cfg.rollout_tokens
+        assert batch.rows * (batch.prompt + batch.new) <= budget
+
+
+def test_the_plan_says_what_it_will_do_and_that_memory_is_arithmetic():
+    text = plan.plan(config_of("24gb"))
+    assert "7.62 B parameters in 4bit, LoRA r=32 trains 80.7 M" in text
+    assert "24,576" in text  # 4 documents x 8 answers x 768 tokens
+    assert "fits a 24 GB card" in text
+    assert "arithmetic, not measured" in text
+
+
+def test_tokens_of_a_step_are_counted_over_every_try_and_answer():
+    cfg = replace(config_of("24gb"), documents=2, tries=3, group_size=4, max_new_tokens=10, judge="logits")
+    written = {role: tokens for role, (_, tokens) in plan.tokens_of(cfg).items()}
+    problem_and_reference = cfg.problem_tokens + cfg.reference_tokens
+    assert written == {
+        "propose": 2 * 3 * problem_and_reference,
+        "solve": 80,
+        "rubric": 2 * (1 + 3) * 5 * 100,  # greedy, then three samples
+        "judge": 0,
+        "update": 80,
+    }
+
+
+def test_peak_memory_sees_a_block_that_is_gone_again():
+    before = plan.memory_in_use()
+    with PeakMemory() as memory:
+        block = np.ones(2**26 // 8)
+        for _ in range(20):
+            block += 1  # long enough to be sampled
+        del block
+    assert memory.peak - before >= 60 * 2**20
