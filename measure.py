@@ -1,15 +1,20 @@
-"""Measurements that are too slow for the tests: `python measure.py full-size`."""
+"""Measurements that are too slow for the tests: `python measure.py roles` and `python measure.py full-size`."""
 
 import argparse
 import json
+import math
+import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +24,7 @@ import model
 import plan
 import pop
 import rubric
-from data import Document, UserError
+from data import Corpus, Document, UserError
 from plan import GIB, Batch, PeakMemory, Shapes
 from rubric import Criterion, Episode
 
@@ -160,6 +165,83 @@ def checkpoint_shards(shapes: Shapes, layers_a_shard: int = 4) -> Iterator[dict[
     )
 
 
+# ------------------------------------------------------------------------------------------------------- roles
+
+
+def roles(args: argparse.Namespace) -> None:
+    """How often each role's output is usable, and whether the judge tells a reference from a wrong one."""
+    llm = model.load(args.model, token_budget=16_384)
+    done: list[Episode] = []
+    counts: Counter[str] = Counter()
+    for task in ("general", "health", "writing"):
+        overrides: dict[str, Any] = {**pop.PRESETS["demo"], "task": task, "group_size": 2, "model": args.model}
+        cfg = pop.Config(**overrides)
+        torch.manual_seed(args.seed)
+        corpus = Corpus("samples", task=task, max_words=cfg.max_words, seed=args.seed)
+        documents = list(islice(corpus.epoch(0), args.documents))
+        episodes = rubric.propose(llm, documents, cfg, random.Random(args.seed))
+        rubric.solve(llm, pop.alive(episodes), cfg)
+        asked = pop.alive(episodes)
+        rubric.write_rubrics(llm, asked, cfg)
+        kept = pop.alive(asked)
+        counts.update(
+            {f"{task} documents": len(documents), f"{task} proposed": len(asked), f"{task} rubrics": len(kept)}
+        )
+        for e in kept:
+            e.answers = e.answers[:1]  # one is enough for the judge's yield
+        for mode in ("generate", "logits"):
+            for e in kept:
+                e.answers[0].ratings = None
+            rubric.judge(llm, kept, replace(cfg, judge=mode))
+            counts[f"{task} {mode}"] = sum(e.answers[0].ratings is not None for e in kept)
+        for e in kept:
+            print(described(e), end="\n\n", flush=True)
+        done += kept
+        wrong_references(llm, kept, counts)
+        rejected = Counter(f"{f['role']}: {f['reason']}" for e in episodes for f in e.failures)
+        print(f"== {task}, rejected attempts: {dict(rejected)}", flush=True)
+
+    def total(what: str) -> int:
+        return sum(counts[f"{task} {what}"] for task in ("general", "health", "writing"))
+
+    def share(name: str, part: int, whole: int) -> None:
+        low, high = wilson(part, whole)
+        print(f"{name:34} {part:>4} of {whole:<4} {part / whole:7.1%}  (95%: {low:.0%} to {high:.0%})")
+
+    share("proposer, after retries", total("proposed"), total("documents"))
+    share("rubric writer", total("rubrics"), total("proposed"))
+    share("judge generate, after the retry", total("generate"), total("rubrics"))
+    share("judge logits", total("logits"), total("rubrics"))
+    print(f"criteria of a rubric, median       {statistics.median(len(e.rubric) for e in done):g}")
+    share("reference above a wrong reference", counts["right"], counts["compared"])
+
+
+def wrong_references(llm: model.LLM, episodes: list[Episode], counts: Counter[str]) -> None:
+    """Grade each reference, and the next document's, as answers to the same problem (judge: logits)."""
+    for e, other in zip(episodes, episodes[1:] + episodes[:1], strict=True):
+        pair = [(e, rubric.Answer(e.reference)), (e, rubric.Answer(other.reference))]
+        with llm.adapters_off():
+            rubric.judge_by_logits(llm, pair)
+        right, wrong = (rubric.grade(answer.ratings or [], e.rubric) for _, answer in pair)
+        counts["compared"] += 1
+        counts["right"] += right > wrong
+
+
+def described(episode: Episode) -> str:
+    lines = [f"{episode.document.id}", f"problem    {episode.problem}", f"reference  {episode.reference}"]
+    lines += [f"criterion  [{c.weight:g}] {c.name}: {c.description} (gold: {c.gold})" for c in episode.rubric]
+    for a in episode.answers:
+        lines.append(f"answer     {[round(r, 2) for r in a.ratings or []]} {' '.join(a.text.split())[:200]}")
+    return "\n".join("    " + line for line in lines)
+
+
+def wilson(part: int, whole: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927)."""
+    p, n = part / whole, whole
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
 def since(start: float) -> str:
     return f"{time.perf_counter() - start:.0f} s"
 
@@ -174,6 +256,11 @@ def main() -> None:
     command.add_argument("--folder", help="where to write the checkpoint (15 GB); default: the temporary folder")
     command.add_argument("--keep", action="store_true", help="do not delete the checkpoint")
     command.set_defaults(run=full_size)
+    command = commands.add_parser("roles", help=roles.__doc__)
+    command.add_argument("--documents", type=int, default=20, help="of each task's samples")
+    command.add_argument("--model", default="smollm2")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=roles)
     args = parser.parse_args()
     try:
         args.run(args)

@@ -206,18 +206,20 @@ def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Co
     with role(llm, cfg):
         outputs = llm.generate(
             [llm.encode("", prompt) for prompt in prompts],
+            n=min(3, cfg.tries_at_once),
             max_new_tokens=cfg.reference_tokens,
             temperature=cfg.proposer_temperature,
             banned=SOURCE_WORDS.split(),
             desc="reference",
         )
-    for (e, problem), (output,) in zip(problems, outputs, strict=True):
-        reference = output.text if output.finished else whole_sentences(output.text)
-        fault = reference_fault(reference, problem, e.document.text)
-        if fault:
-            e.reject("proposer", fault, f"{problem}\n{output.text}")
-        elif not e.reference:
-            e.problem, e.reference = problem, reference
+    for (e, problem), group in zip(problems, outputs, strict=True):
+        for output in group:
+            reference = output.text if output.finished else whole_sentences(output.text)
+            fault = reference_fault(reference, problem, e.document.text)
+            if fault:
+                e.reject("proposer", fault, f"{problem}\n{output.text}")
+            elif not e.reference:
+                e.problem, e.reference = problem, reference
 
 
 def first_paragraph(opening: str, text: str, finished: bool) -> tuple[str, bool]:
@@ -297,7 +299,7 @@ def reference_fault(reference: str, problem: str, document: str, n: int = 10) ->
         return "reference repeats itself"
     if set(ngrams(reference, n)) & set(ngrams(problem, n)):
         return "problem gives the answer away"
-    if len((content_words(reference) - content_words(problem)) & content_words(document)) < 3:
+    if len((content_words(reference) - content_words(problem)) & content_words(document)) < 2:
         return "reference adds no fact"
     return None
 
@@ -334,8 +336,10 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
         answers = "".join(fill(ANSWER, answer=text) for text in shown)
         rest = fill(RUBRIC, document=e.document.text, problem=e.problem, reference=e.reference)
         prompts.append(llm.encode("", answers + rest))
-    for temperature, n in ((0.0, 1), (0.5, 3)):  # greedy; where that is too little, three samples as well
-        todo = [i for i, e in enumerate(episodes) if len(e.rubric) < 2]
+    # Greedy, and three samples where nothing of that is of use; side by side, the samples come first.
+    greedy, samples = (0.0, 1), (0.5, 3)
+    for temperature, n in (greedy, samples) if cfg.tries_at_once == 1 else (samples, samples):
+        todo = [i for i, e in enumerate(episodes) if not e.rubric]
         if not todo:
             break
         with role(llm, cfg):
