@@ -170,7 +170,7 @@ def checkpoint_shards(shapes: Shapes, layers_a_shard: int = 4) -> Iterator[dict[
 
 def roles(args: argparse.Namespace) -> None:
     """How often each role's output is usable, and whether the judge tells a reference from a wrong one."""
-    llm = model.load(args.model, token_budget=16_384)
+    llm = model.load(args.model, token_budget=16_384, dequantize=True)
     done: list[Episode] = []
     counts: Counter[str] = Counter()
     for task in ("general", "health", "writing"):

@@ -5,6 +5,7 @@ D hidden size, I the MLP's inner size, T tokens of a row; every size is in bytes
 """
 
 import importlib.util
+import math
 import re
 import threading
 from collections.abc import Mapping
@@ -166,12 +167,13 @@ def predict(
     load_in: str = "4bit",
     lora_r: int = 32,
     trained: bool = True,
+    dequantize: bool = False,
 ) -> dict[str, int]:
     """Peak bytes of "load" and of each role of `work`; all but "update" only generate or read.
 
     On a CPU glibc keeps part of what is freed between the growing gradients: the update of a 7B measures 11% above
     this, loading, solving and judging 1-2%.
-    trained: Adam's two moments exist, as they do from the second step on.
+    trained: Adam's two moments exist, as they do from the second step on. dequantize: writing roles hold all weights.
     """
     dtype = {"4bit": 2 if device == "cuda" else 4, "bf16": 2, "fp32": 4}[load_in]
     # NF4: half a byte a weight, a byte to scale each 64, an fp32 to scale each 256 of those.
@@ -190,7 +192,8 @@ def predict(
             backward = casts + weight + update_bytes(shapes, batch, dtype, lora_r)
             result[role] = resident + 4 * lora + max(backward, 0 if trained else 8 * lora)
         else:
-            result[role] = resident + casts + weight + reading_bytes(shapes, batch, dtype)
+            held = shapes.linear_params * dtype if dequantize and load_in == "4bit" and batch.new else weight
+            result[role] = resident + casts + held + reading_bytes(shapes, batch, dtype)
     return result
 
 
@@ -248,8 +251,8 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
         return Batch(len(indices), prompt, new, rows)
 
     return {
-        "propose": largest(
-            cfg.documents * cfg.tries_at_once, document + asked, max(cfg.problem_tokens, cfg.reference_tokens)
+        "propose": largest(  # the references: more rows than the problems
+            cfg.documents * cfg.tries_at_once, document + asked, cfg.reference_tokens, n=min(3, cfg.tries_at_once)
         ),
         "solve": largest(cfg.documents, asked, cfg.max_new_tokens, n=cfg.group_size),
         "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
@@ -264,9 +267,11 @@ def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     Every attempt at a problem is counted, a rubric's greedy attempt and three samples, and a judge's retry.
     """
     work, attempts, answers = work_of(cfg), cfg.documents * cfg.tries, cfg.documents * cfg.group_size
+    rounds = math.ceil(cfg.tries / cfg.tries_at_once)
+    tried = cfg.problem_tokens + min(3, cfg.tries_at_once) * cfg.reference_tokens
     judged = answers * (2 if cfg.judge == "generate" else 1)  # one retry
     return {
-        "propose": (2 * attempts * work["propose"].prompt, attempts * (cfg.problem_tokens + cfg.reference_tokens)),
+        "propose": ((cfg.documents * rounds + attempts) * work["propose"].prompt, attempts * tried),
         "solve": (cfg.documents * work["solve"].prompt, answers * cfg.max_new_tokens),
         "rubric": (2 * cfg.documents * work["rubric"].prompt, 4 * cfg.documents * work["rubric"].new),
         "judge": (judged * work["judge"].prompt, judged * work["judge"].new),
@@ -278,7 +283,9 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     """What --dry-run prints: for the model of `cfg`, and for CUDA if there is one or the preset is made for one."""
     shapes = shapes or shapes_of(cfg.model)
     device = device or ("cuda" if torch.cuda.is_available() or cfg.preset in ("24gb", "48gb") else "cpu")
-    memory = predict(shapes, work_of(cfg), device=device, load_in=cfg.load_in, lora_r=cfg.lora_r)
+    memory = predict(
+        shapes, work_of(cfg), device=device, load_in=cfg.load_in, lora_r=cfg.lora_r, dequantize=cfg.dequantize
+    )
     corpus = cfg.corpus or f"the hub corpus of {cfg.task}"
     trained = f"LoRA r={cfg.lora_r} trains {shapes.lora_params(cfg.lora_r) / 1e6:.1f} M"
     length = f"up to {cfg.max_words:,} words (about {round(cfg.max_words * TOKENS_PER_WORD):,} tokens)"

@@ -72,12 +72,31 @@ class Episode:
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
-# Openings of a problem. Each attempt begins with one: it spreads the problems over kinds of question, and a small
-# model that is told how to begin goes on sensibly where it would otherwise talk about its instructions.
+# Openings of a problem, and of its reference answer. Each attempt begins with one: it spreads the problems over kinds
+# of question, and a small model that is told how to begin goes on sensibly where it would otherwise talk about its
+# instructions, or answer a question by repeating it.
 OPENINGS = {
-    "general": ["Why does", "Why did", "Why was", "Why is", "How did", "What happened", "Explain why", "Explain how"],
-    "health": ["Why does", "Why do", "Why is", "Why are", "Why should", "What causes", "How does", "Explain why"],
-    "writing": ["Write a story about", "Write a story in which"],
+    "general": [
+        ("Why does", "Because the"),
+        ("Why did", "Because the"),
+        ("Why was", "Because the"),
+        ("Why is", "Because the"),
+        ("How did", "First, the"),
+        ("What happened", "First, the"),
+        ("Explain why", "Because the"),
+        ("Explain how", "First, the"),
+    ],
+    "health": [
+        ("Why does", "Because the"),
+        ("Why do", "Because"),
+        ("Why is", "Because the"),
+        ("Why are", "Because"),
+        ("What happens when", "Then the"),
+        ("What causes", "The cause is that"),
+        ("Explain why", "Because the"),
+        ("Explain how", "First, the"),
+    ],
+    "writing": [("Write a story about a", "There was a"), ("Write a story in which a", "It began when")],
 }
 
 PROBLEM = {
@@ -98,23 +117,19 @@ Write one question about health that the text above answers. Output only the que
 Ask for a story in one sentence: who is the text above about, where are they, and what happens?""",
 }
 
-REFERENCE = {
-    "general": """<document>
+EXPLAIN = """<document>
 {document}
 </document>
 
-Use the facts above to answer this in two or three sentences: {problem}""",
-    "health": """<document>
+Use the facts above to answer this in two or three sentences: {problem}"""
+
+TELL = """<document>
 {document}
 </document>
 
-Use the facts above to answer this in two or three sentences: {problem}""",
-    "writing": """<document>
-{document}
-</document>
+Use the names and details above. {problem}"""
 
-Use the names and details above. {problem}""",
-}
+REFERENCE = {"general": EXPLAIN, "health": EXPLAIN, "writing": TELL}
 
 ANSWER = "<answer>\n{answer}\n</answer>\n\n"  # put before RUBRIC, once for each answer shown
 
@@ -146,7 +161,10 @@ Rate the answer on each criterion: 0 = not met, 1 = partly met, 2 = fully met.""
 CRITERION = "{k}. {name}: {description} A full answer says: {gold}"
 
 # A problem or reference that speaks of its source is useless to a solver who has not seen it: never written at all.
-SOURCE_WORDS = "passage text article document excerpt paragraph sentence author question answer information data user"
+SOURCE_WORDS = (
+    "passage text article document excerpt paragraph sentence author question answer information data user "
+    "above following given story summary"
+)
 
 # Nor is a criterion about the rubric itself.
 RUBRIC_WORDS = "criterion criteria rubric document passage text fact quality better worse problem question reference"
@@ -171,27 +189,28 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.
     """A problem and a reference answer from each document: the first of up to cfg.tries attempts that passes."""
     episodes = [Episode(document) for document in documents]
     for _ in range(0, cfg.tries, cfg.tries_at_once):
-        todo = [e for e in episodes if not e.reference for _ in range(cfg.tries_at_once)]
+        todo = [e for e in episodes if not e.reference]
         if not todo:
             break
-        openings = [rng.choice(OPENINGS[cfg.task]) for _ in todo]
-        prompts = [fill(PROBLEM[cfg.task], document=e.document.text) for e in todo]
+        tries = [(e, *rng.choice(OPENINGS[cfg.task])) for e in todo for _ in range(cfg.tries_at_once)]
         with role(llm, cfg):
             outputs = llm.generate(
-                [llm.encode("", prompt, opening) for prompt, opening in zip(prompts, openings, strict=True)],
+                [llm.encode("", fill(PROBLEM[cfg.task], document=e.document.text)) for e in todo],
+                n=cfg.tries_at_once,
                 max_new_tokens=cfg.problem_tokens,
                 temperature=cfg.proposer_temperature,
+                forms=[[free_line(opening, cfg.problem_tokens, 4, e, cfg)] for e, opening, _ in tries],
                 banned=SOURCE_WORDS.split(),
                 desc="propose",
             )
         problems = []
-        for e, opening, (output,) in zip(todo, openings, outputs, strict=True):
-            problem, finished = first_paragraph(opening, output.text, output.finished)
-            fault = problem_fault(problem, finished, e.document.text)
+        for (e, _, opening), output in zip(tries, (output for group in outputs for output in group), strict=True):
+            problem = output.text if output.finished else whole_sentences(output.text)
+            fault = problem_fault(problem, e.document.text)
             if fault:
-                e.reject("proposer", fault, problem)
+                e.reject("proposer", fault, output.text)
             else:
-                problems.append((e, problem))
+                problems.append((e, problem, opening))
         if problems:
             write_references(llm, problems, cfg)
     for e in episodes:
@@ -200,19 +219,25 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.
     return episodes
 
 
-def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Config") -> None:
-    """Answer each problem with the document at hand; an episode keeps its first pair that is of use."""
-    prompts = [fill(REFERENCE[cfg.task], document=e.document.text, problem=problem) for e, problem in problems]
+def write_references(llm: LLM, problems: Sequence[tuple[Episode, str, str]], cfg: "Config") -> None:
+    """Answer (episode, problem, opening of the answer) with the document; an episode keeps its first good pair."""
+    n = min(3, cfg.tries_at_once)
     with role(llm, cfg):
         outputs = llm.generate(
-            [llm.encode("", prompt) for prompt in prompts],
-            n=min(3, cfg.tries_at_once),
+            [
+                llm.encode("", fill(REFERENCE[cfg.task], document=e.document.text, problem=problem))
+                for e, problem, _ in problems
+            ],
+            n=n,
             max_new_tokens=cfg.reference_tokens,
             temperature=cfg.proposer_temperature,
+            forms=[
+                [free_line(opening, cfg.reference_tokens, 12, e, cfg)] for e, _, opening in problems for _ in range(n)
+            ],
             banned=SOURCE_WORDS.split(),
             desc="reference",
         )
-    for (e, problem), group in zip(problems, outputs, strict=True):
+    for (e, problem, _), group in zip(problems, outputs, strict=True):
         for output in group:
             reference = output.text if output.finished else whole_sentences(output.text)
             fault = reference_fault(reference, problem, e.document.text)
@@ -222,11 +247,10 @@ def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Co
                 e.problem, e.reference = problem, reference
 
 
-def first_paragraph(opening: str, text: str, finished: bool) -> tuple[str, bool]:
-    """An opening and its continuation -> the problem, and whether it came to its end."""
-    glue = "" if text[:1] in ("'", ",", ".") else " "
-    problem, _, rest = (opening + glue + text).partition("\n")
-    return problem.strip(), finished or bool(rest) or problem.rstrip().endswith(("?", "."))
+def free_line(opening: str, max_tokens: int, min_tokens: int, episode: Episode, cfg: "Config") -> Field:
+    """A line that goes on from its opening; with --own-words in the document's words and the commonest English ones."""
+    within = f" {episode.document.text} {COMMON_WORDS}" if cfg.own_words else ""
+    return Field(opening, max_tokens, min_tokens=min_tokens, within=within)
 
 
 def whole_sentences(text: str) -> str:
@@ -254,6 +278,13 @@ FUNCTION_WORDS = frozenset(
 )
 
 
+# With --own-words, what may stand beside the document's words. A mark is a token of its own where it touches a word.
+COMMON_WORDS = " ".join(form for word in sorted(FUNCTION_WORDS) for form in (word, word.capitalize())) + (
+    " a an and are as at be by can for from had has he her his how i if in is it its no not of on or she so the to up"
+    " was we who why you? you. you, you's you-you"
+)
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
@@ -273,15 +304,15 @@ def loops(text: str, n: int = 4, times: int = 3) -> bool:
     return max(Counter(ngrams(text, n)).values(), default=0) >= times
 
 
-def problem_fault(problem: str, finished: bool, document: str) -> str | None:
+def problem_fault(problem: str, document: str) -> str | None:
     """Why a problem is rejected, or None."""
-    if not finished:
+    if not problem:
         return "unfinished"
     if len(words(problem)) < 4:
         return "too short"
     if MENTIONS_SOURCE.search(problem):
         return "mentions the text"
-    if loops(problem):
+    if loops(problem, n=3, times=2):
         return "repeats itself"
     asked = content_words(problem)
     if len(asked & content_words(document)) < min(2, max(1, len(asked) / 2)):
@@ -348,7 +379,7 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
                 n=n,
                 max_new_tokens=cfg.criterion_tokens * cfg.max_criteria,
                 temperature=temperature,
-                forms=[rubric_form(cfg, episodes[i].document.text) for i in todo],
+                forms=[form for i in todo for form in [rubric_form(cfg, episodes[i].document.text)] * n],
                 banned=RUBRIC_WORDS.split(),
                 desc="rubric",
             )
@@ -392,14 +423,14 @@ def criterion_fault(criterion: Criterion, problem: str, document: str) -> str | 
 def rubric_form(cfg: "Config", document: str) -> list[Field]:
     """The record a rubric writer fills in: two criteria (if so many are allowed), then more if it wants to.
 
-    A fact is written in the document's own words, or the writer would take it from the answers it is shown.
+    With --own-words a fact is written in the document's words, or a small model takes it from the answers it is shown.
     """
-    own_words = f" {document} not applicable"
+    within = f" {document} not applicable" if cfg.own_words else ""
     room = (cfg.criterion_tokens - 28) // 2  # labels, name and weight take 28
     form = []
     for k in range(1, cfg.max_criteria + 1):
         form += [
-            Field(f"{k}. Fact:", room, min_tokens=3, optional=k > 2, distinct=True, within=own_words),
+            Field(f"{k}. Fact:", room, min_tokens=3, optional=k > 2, distinct=True, within=within),
             Field("Name:", 6),
             Field("Description: The answer states", room, min_tokens=5),
             Field("Weight: ", choices=("1", "2", "3", "4", "5")),

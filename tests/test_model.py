@@ -315,7 +315,9 @@ def filled() -> tuple[LLM, list[tuple[list[Field], list[list[int]]]]]:
     forms = [some_form(number) for number in range(40)]
     prompts = [random_ids(2 + 7 * number % 30, seed=number) for number in range(40)]
     torch.manual_seed(0)
-    results = llm.generate(prompts, n=3, max_new_tokens=150, temperature=1.0, forms=forms)
+    results = llm.generate(
+        prompts, n=3, max_new_tokens=150, temperature=1.0, forms=[f for f in forms for _ in range(3)]
+    )
     return llm, [
         (form, values(llm, form, completion))
         for form, group in zip(forms, results, strict=True)
@@ -354,7 +356,7 @@ def test_distinct_values_begin_with_different_tokens(llm):
 def test_a_label_may_hold_a_banned_word_that_no_value_holds(llm):
     form = [Field("e or a: ", max_tokens=20), Field("a: ", choices=("0", "1"))]
     for completion in llm.generate(
-        [PROMPTS[0]], n=50, max_new_tokens=40, temperature=1.0, forms=[form], banned=["e", "a"]
+        [PROMPTS[0]], n=50, max_new_tokens=40, temperature=1.0, forms=[form] * 50, banned=["e", "a"]
     )[0]:
         free, _ = values(llm, form, completion)
         assert not set("eaEA") & set(llm.decode(free))
@@ -363,7 +365,7 @@ def test_a_label_may_hold_a_banned_word_that_no_value_holds(llm):
 def test_no_value_is_blank(llm):
     form = [Field("A: ", max_tokens=1)]
     torch.manual_seed(0)
-    for completion in llm.generate([PROMPTS[0]], n=3000, max_new_tokens=6, temperature=1.5, forms=[form])[0]:
+    for completion in llm.generate([PROMPTS[0]], n=3000, max_new_tokens=6, temperature=1.5, forms=[form] * 3000)[0]:
         assert llm.decode(values(llm, form, completion)[0]).strip(" \t")
 
 

@@ -225,6 +225,7 @@ def played(monkeypatch):
     """Self-play with a random model: the quality gates, which its noise cannot pass, are opened."""
     for gate in ("problem_fault", "reference_fault", "criterion_fault"):
         monkeypatch.setattr(pop.rubric, gate, lambda *_: None)
+    monkeypatch.setattr(pop.rubric, "whole_sentences", lambda text: text)
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     return ["--preset", "demo", "--steps", "2", "--documents", "2", "--max-new-tokens", "16"]
 
