@@ -60,7 +60,7 @@ def run_pop(argv: list[str], output: str, die_at: int | None = None, pause: floa
     die_at: SIGKILL from inside, at so many of the system calls that make a save. pause: seconds each of them takes.
     """
     os.setsid()
-    opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # a terminal becomes the controlling one
+    opened = os.open(output, os.O_RDWR | os.O_CREAT | os.O_APPEND)  # a terminal becomes the controlling one
     os.dup2(opened, 1)
     os.dup2(opened, 2)
     os.close(opened)
