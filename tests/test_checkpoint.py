@@ -113,7 +113,7 @@ def test_a_closed_terminal_is_survived(model, tmp_path):
 
 def test_in_4_bits_an_interrupted_run_equals_the_uninterrupted_one(model, tmp_path, monkeypatch):
     training.open_gates(monkeypatch.setattr)
-    flags = dict(load_in="4bit", steps=3)
+    flags = dict(load_in="4bit", steps=3, save_every=100)
     assert pop.main(training.flags(model, tmp_path / "a", **flags)) == 0
     real, calls = pop.rubric.judge, iter(range(9))
 

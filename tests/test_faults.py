@@ -45,14 +45,14 @@ def metrics(tmp_path):
     return training.lines(tmp_path / "run" / "metrics.jsonl")
 
 
-def fails_above(monkeypatch, owner, name, rows, rows_of, error=OOM):
+def fails_above(monkeypatch, owner, name, rows, rows_of):
     """Make a function run out of memory whenever its batch has more than `rows` rows; returns the row counts tried."""
     real, tried = getattr(owner, name), []
 
     def limited(*args, **kwargs):
         tried.append(rows_of(*args, **kwargs))
         if tried[-1] > rows:
-            raise error
+            raise OOM
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, limited)
@@ -87,9 +87,9 @@ def limit_phase(monkeypatch, phase, rows, error):
         return forward[0](self, *args)
 
     def prefill(self, *args):
-        states = torch.rand(1)  # the failed try has drawn random numbers
+        torch.rand(1)  # a failed try has drawn random numbers
         checked(self)
-        return forward[1](self, *args) if states is not None else None
+        return forward[1](self, *args)
 
     monkeypatch.setattr(pop.LLM, "hidden", hidden)
     monkeypatch.setattr(pop.LLM, "_prefill", prefill)
