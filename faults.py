@@ -223,19 +223,24 @@ def yields(episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def trouble(episodes: Sequence[Episode], cfg: "Config", progress: dict[str, Any]) -> str | None:
-    """Count what may stop a run in `progress`; the reason to stop after this step, or None."""
+    """Count what may stop a run in `progress`; the reason to stop after this step, or None.
+
+    A counter that stops the run starts again at 0: resumed, the run is given as long once more.
+    """
     low = progress["low_yield"]
     for role, share in yields(episodes).items():
         low[role] = low.get(role, 0) + 1 if share < cfg.min_yield else 0
         if low[role] >= YIELD_STEPS:
+            low[role] = 0
             raw = [f"{f['reason']}: {f['raw'][:300]!r}" for e in episodes for f in e.failures if f["role"] == role]
             return (
-                f"the {role} failed on more than {1 - cfg.min_yield:.0%} of its work for {low[role]} steps: a larger "
+                f"the {role} failed on more than {1 - cfg.min_yield:.0%} of its work for {YIELD_STEPS} steps: a larger "
                 "model or a lower --min-yield may help. Three of its outputs:\n  " + "\n  ".join(raw[-3:])
             )
-    if progress["nonfinite"] >= NONFINITE_LIMIT:
+    if (count := progress["nonfinite"]) >= NONFINITE_LIMIT:
+        progress["nonfinite"] = 0
         return (
-            f"loss or gradient was not finite in {progress['nonfinite']} updates in a row, all of them skipped: "
+            f"loss or gradient was not finite in {count} updates in a row, all of them skipped: "
             "a lower --lr may help (in a new run). The last episodes are in nonfinite.json of the run"
         )
     return None

@@ -509,14 +509,14 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                             trained = update(llm, optimizer, scheduler, alive(episodes), cfg, progress)
                     consumed = progress["documents"] + len(batch)
                     progress.update(step=step, documents=consumed, document=batch[-1].id)
+                    if progress["nonfinite"] >= faults.NONFINITE_LIMIT:
+                        checkpoint.write_json(run / "nonfinite.json", run, [asdict(e) for e in episodes])
                     trouble = faults.trouble(episodes, cfg, progress)
                     metrics = measure(step, episodes, trained, seconds, corpus)
                     metrics |= {"yields": faults.yields(episodes), "token_budgets": progress["budgets"]}
                     append(run / "metrics.jsonl", metrics)
                     for e in episodes:
                         append(run / "episodes.jsonl", {"step": step, **asdict(e)})
-                    if progress["nonfinite"] >= faults.NONFINITE_LIMIT:
-                        checkpoint.write_json(run / "nonfinite.json", run, [asdict(e) for e in episodes])
                     finished = checkpoint.rng_states(rng)
                     if step % cfg.save_every == 0 or step == cfg.steps or trouble:
                         checkpoint.save(run, state, cfg.keep)
