@@ -46,6 +46,10 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line, without a stack trace."""
 
 
+class Unreachable(UserError):
+    """The hub does not answer, or no longer does."""
+
+
 @dataclass(frozen=True)
 class Document:
     """A text and its origin: "samples/health/burns.txt", "corpus.jsonl:17" or "org/name:17".
@@ -161,7 +165,7 @@ class Corpus:
             raise
         except Exception as error:  # from many libraries: no connection, no such data set, config or split
             advice = "check name and connection, or use --corpus samples or a file or folder of your own"
-            raise UserError(f"cannot read {self.name!r} from the hub ({brief(error)}): {advice}") from error
+            raise Unreachable(f"cannot read {self.name!r} from the hub ({brief(error)}): {advice}") from error
 
 
 def find_files(name: str, task: str) -> list[tuple[str, Path]]:

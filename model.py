@@ -214,6 +214,7 @@ class LLM:
     dtype: torch.dtype = torch.float32
     token_budget: int = 32_768
     dequantize: bool = False  # generate from dequantized weights: faster, at 2 or 4 bytes a weight
+    batch: tuple[int, int] = (0, 0)  # rows and longest row of the last batch begun: what did not fit, if memory ran out
     eos_ids: list[int] = field(init=False)
     pad_id: int = field(init=False)
 
@@ -337,7 +338,6 @@ class LLM:
         *,
         n: int = 1,
         max_new_tokens: int,
-        min_new_tokens: int = 0,
         temperature: float,
         forms: Sequence[Sequence[Field]] | None = None,
         banned: Sequence[str] = (),
@@ -360,11 +360,11 @@ class LLM:
                 wanted = [i * n + len(results[i]) + row for i in indices for row in range(rows)]
                 form_rows = [forms[i] for i in wanted] if forms else None
                 progress = _Progress(bar, len(indices) * rows)
+                self.batch = (len(indices) * rows, max(len(prompts[i]) for i in indices) + max_new_tokens)
                 ids = self._generate_batch(
                     [prompts[i] for i in indices],
                     rows,
                     max_new_tokens,
-                    min_new_tokens,
                     temperature,
                     form_rows,
                     banned,
@@ -381,7 +381,6 @@ class LLM:
         prompts: list[list[int]],
         n: int,
         max_new_tokens: int,
-        min_new_tokens: int,
         temperature: float,
         forms: list[Sequence[Field]] | None,
         banned: Sequence[str],
@@ -394,7 +393,6 @@ class LLM:
         config = GenerationConfig(
             **sampling,
             max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
             bad_words_ids=[self.text_ids(form) for word in banned for form in spellings(word)] or None,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
@@ -477,6 +475,7 @@ class LLM:
             self.check_length(len(row))
         with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.autocast():
             for indices, _ in batches([len(row) for row in rows], 1, self.token_budget):
+                self.batch = (len(indices), max(len(rows[i]) for i in indices))
                 hidden = self.hidden(*self.pad([rows[i] for i in indices]))
                 for b, i in enumerate(indices):
                     logits = head(hidden[b, reads[i]])[:, choices].float()  # (K, choices)
@@ -517,6 +516,67 @@ class LLM:
         detached = logp.detach()
         entropy = -(detached.exp() * detached).sum(-1)
         return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    # ---- rehearsals
+
+    @contextlib.contextmanager
+    def _quickly(self) -> Iterator[None]:
+        """On a CPU, where a full pass takes as long as the work itself, only the first layer is run.
+
+        Layers need their memory one after the other, so it is nearly the same.
+        """
+        decoder: Any = self.model.get_base_model().get_decoder()  # type: ignore[operator]
+        if self.device.type != "cpu" or not hasattr(decoder, "layers"):
+            yield
+            return
+        layers = decoder.layers
+        decoder.layers = layers[:1]
+        try:
+            yield
+        finally:
+            decoder.layers = layers
+
+    def _made_up(self, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids and mask (B, T); a padded position, because only rows of different lengths need a mask in memory."""
+        ids = torch.full((rows, tokens), self.pad_id, device=self.device)
+        mask = torch.ones_like(ids)
+        mask[-1, 0] = 0
+        return ids, mask
+
+    @torch.no_grad()
+    def rehearse(self, prompts: int, prompt: int, new: int, n: int) -> None:
+        """The memory of a batch: a forward pass over the prompts, then one token behind a cache of full length."""
+        prompt = min(prompt, self.context - new)
+        self.batch = (prompts * n, prompt + new)
+        ids, mask = self._made_up(prompts, prompt)
+        with self.autocast(), self._quickly():
+            if not new:
+                self.hidden(ids, mask)
+                return
+            filled: Any = self._prefill(ids, mask, n).layers[0]
+            keys = filled.keys  # (B * n, heads, P - 1, head size)
+            shape = (*keys.shape[:2], prompt + new - 1, keys.shape[3])
+            cache = DynamicCache(config=self.model.config)
+            for layer in range(self.model.config.get_text_config().num_hidden_layers):
+                cache.update(keys.new_zeros(shape), keys.new_zeros(shape), layer)
+            ids, mask = self._made_up(prompts * n, prompt + new)
+            self.model(
+                input_ids=ids[:, -1:],
+                attention_mask=mask,
+                position_ids=positions(mask)[:, -1:],
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+
+    def rehearse_update(self, rows: int, prompt: int, new: int) -> None:
+        """The memory of a micro-batch: forward and backward pass. The gradients are the caller's to throw away."""
+        prompt = min(prompt, self.context - new)
+        self.batch = (rows, prompt + new)
+        ids, mask = self._made_up(rows, prompt + new)
+        completion_mask = mask.clone()
+        completion_mask[:, :prompt] = 0
+        with self.training(), self._quickly():
+            self.logps(ids, mask, completion_mask, temperature=1.0)[0].sum().backward()
 
     @torch.no_grad()
     def _check_head(self) -> None:

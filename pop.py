@@ -16,18 +16,24 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import tyro
 from tqdm.auto import tqdm
 
+import checkpoint
+import faults
 import rubric
-from data import HUB_CORPORA, Corpus, Document, UserError
+from checkpoint import State
+from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
+from faults import Interrupted, Signals, within_memory
 from model import LLM, batches, load
 from rubric import Episode
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -40,6 +46,8 @@ class Config:
     """Defaults for a kind of machine; auto picks by hardware. Any field below overrides it."""
     output: str = ""
     """The run folder; empty: a new one under runs/."""
+    resume: str = ""
+    """Go on with the run in this folder, from its newest whole checkpoint and with its own configuration."""
     dry_run: bool = False
     """Print the plan (tokens, memory) and stop, before anything is downloaded or loaded."""
     seed: int = 0
@@ -119,10 +127,15 @@ class Config:
     show_every: int = 5
     """Print one example every so many steps."""
     save_every: int = 20
-    """Save the adapter every so many steps, and at the end."""
+    """Save a checkpoint every so many steps, at the end, and when the run is interrupted."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    min_yield: float = 0.1
+    """The run stops when a role gets through less than this share of its work three steps in a row; 0: never."""
 
     def __post_init__(self) -> None:
-        for name, low in (("group_size", 2), ("documents", 1), ("steps", 1), ("tries", 1), ("updates_per_batch", 1)):
+        ones = ("documents", "steps", "tries", "updates_per_batch", "save_every", "keep")
+        for name, low in (("group_size", 2), *((name, 1) for name in ones)):
             if getattr(self, name) < low:
                 flag = "--" + name.replace("_", "-")
                 why = ": a group of one has no advantage" if name == "group_size" else ""
@@ -169,7 +182,11 @@ def parse_args(argv: Sequence[str]) -> Config:
     """The command line -> a Config: the preset's values, with whatever flags say on top."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="auto")
-    preset = first.parse_known_args(argv)[0].preset
+    first.add_argument("--resume", default="")
+    given = first.parse_known_args(argv)[0]
+    if given.resume:
+        return parse_resumed(argv, Path(given.resume))
+    preset = given.preset
     if preset not in ("auto", *PRESETS):
         raise UserError(f"--preset {preset}: unknown; choose from auto, {', '.join(PRESETS)}")
     why = "as asked"
@@ -179,6 +196,16 @@ def parse_args(argv: Sequence[str]) -> Config:
         print(f"preset {preset}: {why}")
     default = Config(**PRESETS[preset], preset=preset)  # type: ignore[arg-type]
     return tyro.cli(Config, args=list(argv), default=default)
+
+
+def parse_resumed(argv: Sequence[str], run: Path) -> Config:
+    """The configuration a run was started with; flags on top may change nothing but checkpoint.SAFE fields."""
+    stored = checkpoint.stored_config(run)
+    if unknown := set(stored) - {field.name for field in fields(Config)}:
+        raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
+    cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
+    checkpoint.check_changes(stored, cfg)
+    return cfg
 
 
 def pick_preset() -> tuple[str, str]:
@@ -193,22 +220,24 @@ def pick_preset() -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------ the self-play step
 
 
+class Phase(Protocol):
+    """Runs one phase of the self-play on the episodes it is about to change."""
+
+    def __call__(self, name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T: ...
+
+
+def plainly(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
+    return work()
+
+
 def play(
-    llm: LLM,
-    documents: Sequence[Document],
-    cfg: Config,
-    rng: random.Random,
-    timed: Callable[[str], contextlib.AbstractContextManager[None]] = lambda phase: contextlib.nullcontext(),
+    llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Random, phase: Phase = plainly
 ) -> list[Episode]:
     """One round of self-play: documents in, graded groups of answers out. Dropped episodes say why."""
-    with timed("propose"):
-        episodes = rubric.propose(llm, documents, cfg, rng)
-    with timed("solve"):
-        rubric.solve(llm, alive(episodes), cfg)
-    with timed("rubric"):
-        rubric.write_rubrics(llm, alive(episodes), cfg)
-    with timed("judge"):
-        rubric.judge(llm, alive(episodes), cfg)
+    episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, rng))
+    phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
+    phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
+    phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
     grade(alive(episodes), cfg)
     return episodes
 
@@ -311,41 +340,99 @@ def micro_batches(llm: LLM, episodes: Sequence[Episode], budget: int) -> list[Mi
     return result
 
 
+def split(part: MicroBatch, budget: int) -> list[MicroBatch]:
+    """A micro-batch cut between rows until each piece is under `budget` tokens or a single row."""
+    rows = len(part.ids)
+    if rows == 1 or part.ids.numel() <= budget:
+        return [part]
+    pieces = []
+    counts = part.completion_mask.sum(1).tolist()
+    for at, tokens in (
+        (slice(0, rows // 2), slice(0, sum(counts[: rows // 2]))),
+        (slice(rows // 2, rows), slice(sum(counts[: rows // 2]), sum(counts))),
+    ):
+        width = int(part.mask[at].sum(1).max())
+        piece = MicroBatch(
+            part.ids[at, :width],
+            part.mask[at, :width],
+            part.completion_mask[at, :width],
+            part.advantages[tokens],
+            None if part.old_logps is None else part.old_logps[tokens],
+            None if part.ref_logps is None else part.ref_logps[tokens],
+        )
+        pieces += split(piece, budget)
+    return pieces
+
+
 def update(
-    llm: LLM, optimizer: torch.optim.Optimizer, scheduler: Any, episodes: Sequence[Episode], cfg: Config
-) -> dict[str, float]:
-    """cfg.updates_per_batch optimizer steps on the answers of the episodes; metrics are means over their tokens."""
-    parts = micro_batches(llm, episodes, cfg.update_tokens)
+    llm: LLM,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    episodes: Sequence[Episode],
+    cfg: Config,
+    progress: dict[str, Any] | None = None,
+) -> dict[str, float | None]:
+    """cfg.updates_per_batch optimizer steps on the answers of the episodes; metrics are means over their tokens.
+
+    An update whose loss or gradient is not finite is skipped, by the scheduler too: it counts the updates made.
+    """
+    progress = progress or new_progress(cfg)
+    budgets = progress["budgets"]
+    parts = micro_batches(llm, episodes, budgets["update"])
     total = sum(len(part.advantages) for part in parts)
     sums: dict[str, float] = defaultdict(float)
-    norm, lr = 0.0, 0.0
+    norm, lr, skipped = 0.0, 0.0, 0
 
     def logps(part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        llm.batch = (len(part.ids), part.ids.shape[1])
         return llm.logps(part.ids, part.mask, part.completion_mask, cfg.temperature)
 
-    with llm.training(), tqdm(total=len(parts) * cfg.updates_per_batch, desc="update", leave=False) as bar:
-        with torch.no_grad():
-            for part in parts:
-                if cfg.kl_coef > 0:
-                    with llm.adapters_off():
-                        part.ref_logps = logps(part)[0]
-                if cfg.updates_per_batch > 1:
-                    part.old_logps = logps(part)[0]
+    @torch.no_grad()
+    def look_up() -> None:
+        for part in parts:
+            if cfg.kl_coef > 0:
+                with llm.adapters_off():
+                    part.ref_logps = logps(part)[0]
+            if cfg.updates_per_batch > 1:
+                part.old_logps = logps(part)[0]
+
+    def accumulate() -> dict[str, float]:
+        """The gradient of one update; returns means over its tokens."""
+        means: dict[str, float] = defaultdict(float)
+        for part in parts:
+            current, entropy = logps(part)
+            old = current.detach() if part.old_logps is None else part.old_logps  # on-policy: the same
+            loss, counted = grpo_loss(current, old, part.ref_logps, part.advantages, total, cfg)
+            loss.backward()
+            for name, value in {**counted, "loss": loss.item() * total, "entropy": entropy.sum().item()}.items():
+                means[name] += value / total
+            bar.update(len(part.ids))
+        return means
+
+    def smaller() -> None:
+        """After running out of memory: no half gradient; old and reference log-probs stay with their rows."""
+        optimizer.zero_grad(set_to_none=True)
+        parts[:] = [piece for part in parts for piece in split(part, budgets["update"])]
+
+    rows = sum(len(part.ids) for part in parts)
+    with llm.training(), tqdm(total=rows * cfg.updates_per_batch, desc="update", unit="row", leave=False) as bar:
+        within_memory(llm, "update", look_up, smaller, budgets)
         for _ in range(cfg.updates_per_batch):
-            for part in parts:
-                current, entropy = logps(part)
-                old = current.detach() if part.old_logps is None else part.old_logps  # on-policy: the same
-                loss, counted = grpo_loss(current, old, part.ref_logps, part.advantages, total, cfg)
-                loss.backward()
-                for name, value in {**counted, "loss": loss.item() * total, "entropy": entropy.sum().item()}.items():
-                    sums[name] += value / (total * cfg.updates_per_batch)
-                bar.update()
+            means = within_memory(llm, "update", accumulate, smaller, budgets)
+            for name, value in means.items():
+                sums[name] += value / cfg.updates_per_batch
             lr = optimizer.param_groups[0]["lr"]
             norm = torch.nn.utils.clip_grad_norm_(trainable(llm), cfg.max_grad_norm).item()
-            optimizer.step()
+            if math.isfinite(norm) and math.isfinite(means["loss"]):
+                optimizer.step()
+                scheduler.step()
+                progress["nonfinite"] = 0
+            else:
+                skipped += 1
+                progress["nonfinite"] += 1
             optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-    return {**sums, "grad_norm": norm, "lr": lr, "trained_tokens": total}
+    metrics = {**sums, "grad_norm": norm, "lr": lr, "trained_tokens": total, "skipped_updates": skipped}
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def trainable(llm: LLM) -> list[torch.nn.Parameter]:
@@ -368,49 +455,102 @@ def lr_factor(update: int, warmup: int, total: int) -> float:
 # --------------------------------------------------------------------------------------------------- the run
 
 
+def new_progress(cfg: Config) -> dict[str, Any]:
+    """What a run has come to, beside its tensors: plain JSON, part of every checkpoint."""
+    rollout = dict.fromkeys(("propose", "solve", "rubric", "judge"), cfg.rollout_tokens)
+    return {
+        "step": 0,  # the last one finished
+        "documents": 0,  # consumed so far, and the id of the last
+        "document": None,
+        "budgets": {**rollout, "update": cfg.update_tokens},  # halved where memory runs out
+        "nonfinite": 0,  # updates skipped in a row
+        "low_yield": {},  # role -> steps in a row
+    }
+
+
 def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
-    """The loop: play, update, write down. Files in `run`: metrics.jsonl, episodes.jsonl, adapter/."""
+    """The loop: play, update, write down. Files in `run`: see checkpoint.py.
+
+    Raises Interrupted or Unreachable when the run can go on later: what was done in unfinished steps is undone and
+    the rest is saved.
+    """
     optimizer, scheduler = make_optimizer(llm, cfg)
     rng = random.Random(cfg.seed)
     torch.manual_seed(cfg.seed)
-    documents = iter(corpus)
-    for step in range(1, cfg.steps + 1):
-        seconds: dict[str, float] = defaultdict(float)
+    progress = new_progress(cfg)
+    state = State(llm, optimizer, scheduler, rng, progress)
+    saved = checkpoint.newest(run)
+    if saved:
+        checkpoint.load(saved, run, state)
+    else:
+        checkpoint.cut_logs(run, {})
+    if progress["step"] == cfg.steps:
+        return
+    finished = checkpoint.rng_states(rng)  # as the last finished step left them
+    seconds: dict[str, float] = defaultdict(float)
 
-        @contextlib.contextmanager
-        def timed(phase: str, seconds: dict[str, float] = seconds) -> Iterator[None]:
-            start = time.perf_counter()
-            yield
-            seconds[phase] += time.perf_counter() - start
+    @contextlib.contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[phase] += time.perf_counter() - start
 
-        llm.model.eval()
-        episodes = play(llm, [next(documents) for _ in range(cfg.documents)], cfg, rng, timed)
-        trained: dict[str, float] = {}
-        if alive(episodes):
-            with timed("update"):
-                trained = update(llm, optimizer, scheduler, alive(episodes), cfg)
-        metrics = measure(step, episodes, trained, seconds, corpus)
-        append(run / "metrics.jsonl", metrics)
-        for e in episodes:
-            append(run / "episodes.jsonl", {"step": step, **asdict(e)})
-        tqdm.write(one_line(metrics, cfg))
-        if step == 1:
-            tqdm.write(
-                "  (the loss stays near 0: on-policy, advantages cancel within a group. Watch reward, length, kl.)"
-            )
-        if step % cfg.show_every == 0 or step in (1, cfg.steps):
-            tqdm.write(example(episodes))
-        if step % cfg.save_every == 0 or step == cfg.steps:
-            llm.model.save_pretrained(str(run / "adapter"))
+    def phase(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
+        with timed(name):
+            return faults.rollout(llm, name, work, rng, progress["budgets"], episodes)
+
+    with Signals() as signals:
+        try:
+            faults.try_longest(llm, cfg, progress["budgets"])
+            documents = faults.documents_from(corpus, progress["documents"], progress["document"])
+            for step in range(progress["step"] + 1, cfg.steps + 1):
+                seconds.clear()
+                llm.model.eval()
+                batch = [next(documents) for _ in range(cfg.documents)]
+                episodes = play(llm, batch, cfg, rng, phase)
+                with signals.held():
+                    trained: dict[str, float | None] = {}
+                    if alive(episodes):
+                        with timed("update"):
+                            trained = update(llm, optimizer, scheduler, alive(episodes), cfg, progress)
+                    consumed = progress["documents"] + len(batch)
+                    progress.update(step=step, documents=consumed, document=batch[-1].id)
+                    if progress["nonfinite"] >= faults.NONFINITE_LIMIT:
+                        checkpoint.write_json(run / "nonfinite.json", run, [asdict(e) for e in episodes])
+                    trouble = faults.trouble(episodes, cfg, progress)
+                    metrics = measure(step, episodes, trained, seconds, corpus)
+                    metrics |= {"yields": faults.yields(episodes), "token_budgets": progress["budgets"]}
+                    append(run / "metrics.jsonl", metrics)
+                    for e in episodes:
+                        append(run / "episodes.jsonl", {"step": step, **asdict(e)})
+                    finished = checkpoint.rng_states(rng)
+                    if step % cfg.save_every == 0 or step == cfg.steps or trouble:
+                        checkpoint.save(run, state, cfg.keep)
+                    tqdm.write(one_line(metrics, cfg))
+                    if step == 1:
+                        tqdm.write(
+                            "  (the loss stays near 0: on-policy, advantages cancel within a group. "
+                            "Watch reward, length, kl.)"
+                        )
+                    if step % cfg.show_every == 0 or step in (1, cfg.steps):
+                        tqdm.write(example(episodes))
+                    if trouble:
+                        raise UserError(f"stopped after step {step}, which is saved in {run}: {trouble}")
+        except (Interrupted, Unreachable):
+            if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
+                return
+            checkpoint.set_rng_states(rng, finished)
+            checkpoint.save(run, state, cfg.keep)
+            raise
 
 
-TRAINED = ("loss", "kl", "entropy", "clipped", "grad_norm", "lr", "trained_tokens")
+TRAINED = ("loss", "kl", "entropy", "clipped", "grad_norm", "lr", "trained_tokens", "skipped_updates")
 
 
 def measure(
     step: int,
     episodes: Sequence[Episode],
-    trained: dict[str, float],
+    trained: dict[str, float | None],
     seconds: dict[str, float],
     corpus: Corpus,
 ) -> dict[str, Any]:
@@ -445,7 +585,7 @@ def group_std(episode: Episode) -> float:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with checkpoint.writing(path, path.parent), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -485,15 +625,16 @@ def example(episodes: Sequence[Episode]) -> str:
     return "\n".join("    " + line for line in lines)
 
 
-def new_run(cfg: Config) -> Path:
-    """Make the run folder and write config.json. Raises UserError if the folder already holds a run."""
-    name = cfg.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.preset}-{cfg.task}"
+def run_folder(cfg: Config) -> Path:
+    """The run's folder with its config.json, made if it is a new one. Raises UserError if --output holds a run."""
+    name = cfg.resume or cfg.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.preset}-{cfg.task}"
     run = Path(name)
-    if (run / "config.json").exists():
-        raise UserError(f"--output {run} already holds a run: choose another folder, or remove that one")
+    if not cfg.resume and (run / "config.json").exists():
+        raise UserError(f"--output {run} already holds a run: go on with it by --resume {run}, or choose another")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n", encoding="utf-8")
+        config = json.dumps({**asdict(cfg), "resume": ""}, indent=2) + "\n"
+        checkpoint.replace_file(run / "config.json", config.encode())
     except OSError as error:
         raise UserError(f"--output {run} cannot be written: {error.strerror}") from None
     return run
@@ -527,16 +668,16 @@ def main(argv: Sequence[str]) -> int:
         dequantize=cfg.dequantize,
     )
     check_context(llm, cfg)
-    run = new_run(cfg)
+    run = run_folder(cfg)
     answers = cfg.documents * cfg.group_size
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; documents from {corpus.name}; results in {run}/")
     print(f"{cfg.steps} steps x {cfg.documents} documents x {cfg.group_size} answers = {cfg.steps * answers} answers")
     try:
-        train(llm, corpus, cfg, run)
-    except KeyboardInterrupt:
-        llm.model.save_pretrained(str(run / "adapter"))
-        print(f"\ninterrupted: the adapter after the last finished step is in {run}/adapter")
-        return 130
+        with checkpoint.locked(run):
+            train(llm, corpus, cfg, run)
+    except (Interrupted, Unreachable) as why:
+        print(f"\n{why}: the run is saved and resumable with: python pop.py --resume {run}")
+        return faults.RESUMABLE
     print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
     return 0
 

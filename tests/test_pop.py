@@ -256,22 +256,6 @@ def test_same_seed_same_run(played, tmp_path):
     assert runs[0] == runs[1]
 
 
-def test_ctrl_c_saves_the_adapter_and_says_where(played, tmp_path, monkeypatch, capsys):
-    steps = iter([None, KeyboardInterrupt])
-    real = pop.update
-
-    def interrupted(*args):
-        if next(steps):
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(pop, "update", interrupted)
-    assert pop.main([*played, "--output", str(tmp_path / "run")]) == 130
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-    assert "interrupted" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------------------------------------- a user's mistakes
 
 
@@ -301,7 +285,7 @@ def test_an_unknown_flag_exits_with_an_error(capsys):
 def test_an_output_folder_with_a_run_in_it_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
-        pop.new_run(replace(CFG, output=str(tmp_path)))
+        pop.run_folder(replace(CFG, output=str(tmp_path)))
 
 
 def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):

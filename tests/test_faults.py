@@ -1,0 +1,509 @@
+"""Injected faults: each ends as it should, and nothing is lost."""
+
+import dataclasses
+import errno
+import gc
+import json
+import os
+import random
+import resource
+import signal
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import training
+from conftest import tiny_llm
+from test_pop import group
+
+import checkpoint
+import faults
+import pop
+from data import Document, UserError
+from rubric import Answer, Criterion, Episode
+
+OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+CPU_OOM = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried ..."
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return training.tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def played(model, tmp_path, monkeypatch):
+    """Flags of a short run in this process; its folder is tmp_path / "run"."""
+    training.open_gates(monkeypatch.setattr)
+    return lambda **more: training.flags(model, tmp_path / "run", **{"steps": 2, **more})
+
+
+def metrics(tmp_path):
+    return training.lines(tmp_path / "run" / "metrics.jsonl")
+
+
+def fails_above(monkeypatch, owner, name, rows, rows_of):
+    """Make a function run out of memory whenever its batch has more than `rows` rows; returns the row counts tried."""
+    real, tried = getattr(owner, name), []
+
+    def limited(*args, **kwargs):
+        tried.append(rows_of(*args, **kwargs))
+        if tried[-1] > rows:
+            raise OOM
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, limited)
+    return tried
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def limit_phase(monkeypatch, phase, rows, error):
+    """Memory for `rows` rows only, wherever the model computes within one phase; the rehearsals are left alone."""
+    monkeypatch.setattr(faults, "try_longest", lambda *_: None)
+    real, active = faults.within_memory, []
+
+    def entered(llm, name, *rest):
+        active.append(name)
+        try:
+            return real(llm, name, *rest)
+        finally:
+            active.pop()
+
+    monkeypatch.setattr(faults, "within_memory", entered)
+    monkeypatch.setattr(pop, "within_memory", entered)
+    forward = pop.LLM.hidden, pop.LLM._prefill
+
+    def checked(llm):
+        if active[-1:] == [phase] and llm.batch[0] > rows:
+            raise error
+
+    def hidden(self, *args):
+        checked(self)
+        return forward[0](self, *args)
+
+    def prefill(self, *args):
+        torch.rand(1)  # a failed try has drawn random numbers
+        checked(self)
+        return forward[1](self, *args)
+
+    monkeypatch.setattr(pop.LLM, "hidden", hidden)
+    monkeypatch.setattr(pop.LLM, "_prefill", prefill)
+
+
+@pytest.mark.parametrize(
+    ("phase", "error"),
+    [("propose", OOM), ("solve", CPU_OOM), ("rubric", OOM), ("judge", OOM), ("update", CPU_OOM)],
+    ids=["propose", "solve", "rubric", "judge", "update"],
+)
+def test_out_of_memory_in_a_phase_halves_its_budget_and_the_run_goes_on(
+    played, tmp_path, monkeypatch, capsys, phase, error
+):
+    limit_phase(monkeypatch, phase, 1, error)
+    flags = played(judge="generate", tries_at_once=2, tries=2)
+    assert pop.main(flags) == 0
+    first, last = (m["token_budgets"] for m in metrics(tmp_path))
+    started = pop.new_progress(pop.parse_args(flags))["budgets"]
+    assert {name for name in started if last[name] < started[name]} == {phase}
+    assert f"out of memory in {phase}" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert saved["progress"]["budgets"] == last
+    assert first[phase] >= last[phase] >= 1
+    for e in training.lines(tmp_path / "run" / "episodes.jsonl"):
+        assert len(e["answers"]) <= 2 and len(e["rubric"]) <= 2
+
+
+def test_a_retried_phase_writes_what_a_small_budget_from_the_start_writes(llm):
+    """Same random states, same records: the failed try leaves no trace."""
+    cfg = replace(pop.Config(), max_new_tokens=8, group_size=4)
+    written = []
+    for fail in (True, False):
+        rng, calls = random.Random(5), iter([fail])
+        torch.manual_seed(5)
+        episodes = [Episode(Document(p, ""), p) for p in ("Why?", "How so?")]
+        budgets = {"solve": 10_000}
+
+        def work(rng=rng, calls=calls, episodes=episodes, budgets=budgets):
+            if next(calls, False):
+                rng.random(), torch.rand(3), episodes[0].reject("judge", "half done", "")
+                llm.batch = (8, 20)
+                raise OOM
+            llm.token_budget = 80
+            pop.rubric.solve(llm, episodes, cfg)
+
+        faults.rollout(llm, "solve", work, rng, budgets, episodes)
+        assert budgets == {"solve": 80 if fail else 10_000}
+        written.append((episodes, rng.random(), torch.rand(1)))
+    assert written[0] == written[1]
+
+
+def test_the_failed_try_has_released_its_tensors_before_the_next(llm):
+    held = []
+
+    def work():
+        if held:
+            gc.disable()
+            assert held[0]() is None
+            gc.enable()
+            return
+        tensor = torch.zeros(10)
+        held.append(weakref.ref(tensor))
+        llm.batch = (2, 5)
+        raise torch.OutOfMemoryError("fresh: one that is kept elsewhere keeps its frames")
+
+    faults.within_memory(llm, "solve", work, lambda: None, {"solve": 100})
+    assert len(held) == 1
+
+
+def test_one_row_that_does_not_fit_ends_with_a_clear_error(llm):
+    def work():
+        llm.batch = (1, 900)
+        raise OOM
+
+    with pytest.raises(UserError, match=r"out of memory in judge, even with one row \(900 tokens\): lower"):
+        faults.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
+
+
+def test_other_errors_are_not_retried(llm):
+    calls = []
+
+    def work():
+        calls.append(1)
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        faults.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("updates", "fails_at"), [(1, 1), (1, 4), (1, 6), (3, 2), (3, 5), (3, 9), (3, 14), (3, 18)])
+def test_an_update_that_ran_out_of_memory_trains_as_if_it_had_not(monkeypatch, updates, fails_at):
+    """Half-accumulated gradients are gone, and old log-probs stay those of the policy that answered."""
+    trained = []
+    for fail in (True, False):
+        llm = tiny_llm()
+        cfg = replace(pop.Config(), updates_per_batch=updates, lr=0.01, warmup_steps=0, kl_coef=0.1, update_tokens=60)
+        episodes = [group(llm, [1.0, 0.0, 0.5, 0.2], seed=s, prompt="Why" + "?" * s) for s in range(2)]
+        optimizer, scheduler = pop.make_optimizer(llm, cfg)
+        real, calls = llm.logps, iter(range(1000))
+
+        def logps(*args, real=real, calls=calls, fail=fail):
+            result = real(*args)
+            if next(calls) == fails_at and fail:
+                raise OOM
+            return result
+
+        monkeypatch.setattr(llm, "logps", logps)
+        progress = pop.new_progress(cfg)
+        values = pop.update(llm, optimizer, scheduler, episodes, cfg, progress)
+        assert (progress["budgets"]["update"] < 60) == fail
+        trained.append((values, [p.detach().clone() for p in pop.trainable(llm)]))
+    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-4, abs=1e-6)
+    for a, b in zip(trained[0][1], trained[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_split_micro_batch_holds_the_same_tokens_with_their_numbers(llm):
+    episodes = [group(llm, [1.0, 0.0, 0.5, 0.2], seed=s, prompt="Why" + "?" * s) for s in range(3)]
+    (part,) = pop.micro_batches(llm, episodes, 100_000)
+    part.old_logps = torch.rand(len(part.advantages))
+    pieces = pop.split(part, 60)
+    assert len(pieces) > 2 and all(p.ids.numel() <= 60 or len(p.ids) == 1 for p in pieces)
+    for name in ("advantages", "old_logps"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in pieces]), getattr(part, name))
+    tokens = torch.cat([p.ids[p.completion_mask.bool()] for p in pieces])
+    assert torch.equal(tokens, part.ids[part.completion_mask.bool()])
+
+
+# ---------------------------------------------------------------------------------------------------- rehearsals
+
+
+def test_the_rehearsal_leaves_weights_and_random_states_untouched(llm):
+    cfg = replace(pop.Config(), max_words=100, max_new_tokens=16, documents=2)
+    weights = {name: p.clone() for name, p in llm.model.state_dict().items()}
+    rng = torch.get_rng_state()
+    budgets = pop.new_progress(cfg)["budgets"]
+    faults.try_longest(llm, cfg, budgets)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(p, weights[name]) for name, p in llm.model.state_dict().items())
+    assert all(p.grad is None for p in llm.model.parameters())
+    assert len(llm.model.get_base_model().get_decoder().layers) == 2
+    assert budgets == pop.new_progress(cfg)["budgets"]
+
+
+def test_the_rehearsal_halves_the_budget_of_a_phase_that_does_not_fit(llm, monkeypatch):
+    cfg = replace(pop.Config(), max_words=100, max_new_tokens=16, documents=4, rubric_answers=1)
+    tried = fails_above(monkeypatch, llm, "_prefill", 4, lambda ids, mask, n: len(ids) * n)
+    budgets = pop.new_progress(cfg)["budgets"]
+    faults.try_longest(llm, cfg, budgets)
+    assert max(tried) > 4 and budgets["solve"] < cfg.rollout_tokens and budgets["update"] == cfg.update_tokens
+
+
+def test_the_rehearsal_decodes_behind_a_cache_of_the_final_length(llm):
+    seen = []
+    llm.model.register_forward_hook(lambda _, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
+    llm.rehearse(prompts=2, prompt=30, new=10, n=3)
+    cache = seen[-1]["past_key_values"]
+    assert seen[-1]["input_ids"].shape == (6, 1)
+    assert cache.layers[1].keys.shape[0] == 6 and cache.layers[1].keys.shape[2] == 39
+    assert cache.layers[0].keys.shape[2] == 40  # the token just decoded is in it
+
+
+def test_a_run_that_cannot_fit_fails_before_its_first_step(played, tmp_path, monkeypatch):
+    monkeypatch.setattr(pop.LLM, "rehearse", lambda self, *_: (_ for _ in ()).throw(OOM))
+    with pytest.raises(UserError, match="out of memory in propose"):
+        pop.main(played())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------- numbers not finite
+
+
+def poison(monkeypatch, bad_updates):
+    """The loss is NaN in these updates, counted from 0."""
+    real, calls = pop.grpo_loss, iter(range(1000))
+
+    def loss(*args):
+        value, sums = real(*args)
+        return (value * float("nan") if next(calls) in bad_updates else value), sums
+
+    monkeypatch.setattr(pop, "grpo_loss", loss)
+
+
+def test_an_update_without_a_finite_loss_is_skipped_and_counted(played, tmp_path, monkeypatch):
+    poison(monkeypatch, {1})
+    assert pop.main(played(updates_per_batch=1, steps=3)) == 0
+    assert [m["skipped_updates"] for m in metrics(tmp_path)] == [0, 1, 0]
+    assert [m["loss"] is None for m in metrics(tmp_path)] == [False, True, False]
+    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert all(t.isfinite().all() for t in checkpoint.load_file(adapter).values())
+
+
+def test_a_skipped_update_leaves_weights_optimizer_and_schedule_alone(llm, monkeypatch):
+    cfg = replace(pop.Config(), lr=0.1, warmup_steps=5)
+    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    poison(monkeypatch, {0})
+    before = [p.detach().clone() for p in pop.trainable(llm)]
+    progress = pop.new_progress(cfg)
+    pop.update(llm, optimizer, scheduler, [group(llm, [1.0, 0.0])], cfg, progress)
+    assert all(torch.equal(a, b) for a, b in zip(before, pop.trainable(llm), strict=True))
+    assert (len(optimizer.state), scheduler.last_epoch, progress["nonfinite"]) == (0, 0, 1)
+    pop.update(llm, optimizer, scheduler, [group(llm, [1.0, 0.0])], cfg, progress)
+    assert (scheduler.last_epoch, progress["nonfinite"]) == (1, 0)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(llm):
+    cfg = pop.Config()
+    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    pop.trainable(llm)[0].register_hook(lambda grad: grad * float("inf"))
+    assert pop.update(llm, optimizer, scheduler, [group(llm, [1.0, 0.0])], cfg)["skipped_updates"] == 1
+
+
+def test_three_skipped_updates_in_a_row_stop_the_run_with_the_episodes_at_hand(played, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(1, 100)))
+    with pytest.raises(UserError, match="not finite in 3 updates in a row"):
+        pop.main(played(updates_per_batch=1, steps=9))
+    run = tmp_path / "run"
+    assert [m["skipped_updates"] for m in metrics(tmp_path)] == [0, 1, 1, 1]
+    episodes = json.loads((run / "nonfinite.json").read_text())
+    assert [e["answers"] for e in episodes] == [e["answers"] for e in training.lines(run / "episodes.jsonl")[-2:]]
+    assert checkpoint.newest(run).name == "step-000004"
+
+
+# ---------------------------------------------------------------------------------------------------------- disk
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_is_whole(played, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    real = checkpoint.sha256
+
+    def full(path):
+        if ".step-000002.tmp" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", full)
+    with pytest.raises(UserError, match=f"step-000002: No space left on device. Make room .* --resume {run}"):
+        pop.main(played())
+    assert [f.name for f in (run / "checkpoints").iterdir()] == ["step-000001"]
+    assert checkpoint.newest(run).name == "step-000001"
+    monkeypatch.undo()
+    training.open_gates(monkeypatch.setattr)
+    assert pop.main(["--resume", str(run)]) == 0
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
+
+
+def test_the_systems_own_refusal_to_write_a_tensor_file_is_a_clear_error(tmp_path):
+    """A limit on the size of files, set in the kernel: safetensors reports it in its own way."""
+    llm = tiny_llm()
+    optimizer, scheduler = pop.make_optimizer(llm, pop.Config())
+    state = checkpoint.State(llm, optimizer, scheduler, random.Random(0), pop.new_progress(pop.Config()))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*step-000000.*File too large"):
+            checkpoint.save(tmp_path, state, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_is_a_clear_error():
+    with pytest.raises(UserError, match=r"cannot write /dev/full: No space left"):
+        pop.append(pop.Path("/dev/full"), {"a": 1})
+
+
+# --------------------------------------------------------------------------------------------------------- roles
+
+
+@pytest.mark.parametrize("role", ["proposer", "rubric", "judge"])
+def test_a_role_that_writes_rubbish_stops_the_run_and_is_quoted(played, tmp_path, monkeypatch, role):
+    if role == "proposer":
+        monkeypatch.setattr(pop.rubric, "problem_fault", lambda *_: "too short")
+    elif role == "rubric":
+        monkeypatch.setattr(pop.rubric, "criterion_fault", lambda *_: "description too short")
+        monkeypatch.setattr(pop.rubric, "parse_rubric", lambda _: [Criterion("n", "g", "d", 1.0)])
+    else:
+        monkeypatch.setattr(pop.rubric, "parse_ratings", lambda *_: None)
+    with pytest.raises(UserError) as caught:
+        pop.main(played(judge="generate", tries=3, steps=10))
+    first, *quotes = str(caught.value).splitlines()
+    assert f"the {role} failed on more than 90% of its work for 3 steps" in first
+    failures = [f for e in training.lines(tmp_path / "run" / "episodes.jsonl") for f in e["failures"]]
+    raw = [f["raw"] for f in failures if f["role"] == role]
+    assert len(quotes) == 3 and all(repr(text[:300]) in quote for text, quote in zip(raw[-3:], quotes, strict=True))
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3]
+    assert checkpoint.newest(tmp_path / "run").name == "step-000003"
+
+
+def test_steps_in_which_everything_was_dropped_are_logged_and_train_nothing(played, tmp_path, monkeypatch):
+    monkeypatch.setattr(pop, "ZERO_SPREAD", 9.0)
+    assert pop.main(played(steps=4)) == 0
+    assert [m["drops"] for m in metrics(tmp_path)] == [{"group/zero spread": 2}] * 4
+    assert all(m["loss"] is None and m["lr"] is None for m in metrics(tmp_path))
+    adapter = checkpoint.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(t.abs().max() == 0 for name, t in adapter.items() if "lora_B" in name)
+
+
+def test_yields_are_shares_of_what_came_to_each_role():
+    drops = ["proposer/too short", None, "rubric/no fact", "judge/unreadable ratings", "group/zero spread"]
+    episodes = [Episode(Document("", ""), drop=drop) for drop in drops]
+    assert faults.yields(episodes) == {"proposer": 0.8, "rubric": 0.75, "judge": pytest.approx(2 / 3)}
+    assert faults.yields(episodes[:1]) == {"proposer": 0.0}
+
+
+def test_low_yields_count_only_in_a_row():
+    cfg, progress = pop.Config(), pop.new_progress(pop.Config())
+    bad = [Episode(Document("", ""), failures=[{"role": "proposer", "reason": "r", "raw": "x"}], drop="proposer/r")]
+    good = [Episode(Document("", ""), answers=[Answer("")])]
+    stops = [faults.trouble(episodes, cfg, progress) for episodes in (bad, bad, good, bad, bad, bad)]
+    assert [bool(stop) for stop in stops] == [False] * 5 + [True]
+
+
+# ----------------------------------------------------------------------------------------- documents and signals
+
+
+def test_a_file_that_becomes_unreadable_in_mid_stream_is_skipped_and_counted(played, tmp_path, monkeypatch):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for i in range(12):
+        (notes / f"{i}.txt").write_text(f"word{i} " * 60)
+    real = pop.rubric.propose
+
+    def propose(*args):
+        for i in range(12):
+            if i % 3 == 0:
+                (notes / f"{i}.txt").unlink(missing_ok=True)
+        return real(*args)
+
+    monkeypatch.setattr(pop.rubric, "propose", propose)
+    assert pop.main(played(corpus=notes, steps=5)) == 0
+    last = metrics(tmp_path)[-1]
+    assert last["documents_skipped"]["unreadable"] >= 1 and last["step"] == 5
+
+
+def test_a_lost_connection_ends_the_run_resumably(played, tmp_path, monkeypatch, capsys):
+    real = pop.faults.documents_from
+
+    def breaking(*args):
+        documents = real(*args)
+        yield from (next(documents) for _ in range(3))
+        raise pop.Unreachable("cannot read 'org/name' from the hub (reset by peer)")
+
+    monkeypatch.setattr(faults, "documents_from", breaking)
+    assert pop.main(played()) == faults.RESUMABLE
+    assert "reset by peer): the run is saved and resumable with: python pop.py --resume" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "run").name == "step-000001"
+    monkeypatch.setattr(faults, "documents_from", real)
+    assert pop.main(["--resume", str(tmp_path / "run")]) == 0
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
+
+
+def test_a_signal_within_an_update_waits_for_the_end_of_the_step(played, tmp_path, monkeypatch):
+    real = pop.update
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(pop, "update", signalled)
+    assert pop.main(played()) == faults.RESUMABLE
+    assert [m["step"] for m in metrics(tmp_path)] == [1] and metrics(tmp_path)[0]["loss"] is not None
+    assert checkpoint.newest(tmp_path / "run").name == "step-000001"
+
+
+def test_a_signal_in_the_very_last_update_is_no_interruption(played, tmp_path, monkeypatch):
+    real = pop.update
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(pop, "update", signalled)
+    assert pop.main(played(steps=1)) == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_lost_in_a_destructor_ends_the_run_at_the_next_occasion():
+    class Fragile:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(10):
+                pass
+
+    with pytest.raises(faults.Interrupted, match="SIGTERM"), faults.Signals() as signals:
+        thing = Fragile()
+        del thing
+        with signals.held():
+            pytest.fail("the step goes on")
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with faults.Signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_are_given_back():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with faults.Signals():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_progress_is_plain_json():
+    progress = pop.new_progress(pop.Config())
+    assert json.loads(json.dumps(progress)) == progress
+
+
+def test_an_episode_is_restored_field_by_field():
+    """rollout() restores vars(episode): that is the whole record only while Episode has no slots."""
+    assert set(vars(Episode(Document("", "")))) == {f.name for f in dataclasses.fields(Episode)}
