@@ -155,10 +155,8 @@ RUBRIC_WORDS = "criterion criteria rubric document passage text fact quality bet
 
 # A "<", or a character that looks like one, that begins a tag of any name: telling the fences' own names apart from
 # names that only look like them (zero-width characters, letters of other scripts) is a race that a text could win.
-INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
-FENCES = re.compile(
-    rf"[<\u02c2\u2039\u2329\u27e8\u3008\ufe64\uff1c](?!\s)(?=[\s{INVISIBLE}/\u2044\u2215\uff0f|!?]*[^\W\d])"
-)
+BRACKETS = "<\u02c2\u2039\u2329\u27e8\u3008\ufe64\uff1c"
+FENCES = re.compile(rf"[{BRACKETS}](?!\s)(?=[^\w{BRACKETS}]*[^\W\d])")
 
 
 def fill(template: str, **texts: str) -> str:
