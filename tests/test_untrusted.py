@@ -52,26 +52,27 @@ RUBRIC_TEXT = "\n".join(
 )
 
 
+SAYS = {
+    "propose": PROBLEM,
+    "reference": REFERENCE,
+    "solve": "Otters float.",
+    "rubric": RUBRIC_TEXT,
+    "judge": "Thought: so\nRating: 1\nThought: so\nRating: 1",
+}
+
+
 class Speaker(LLM):
     """A tokenizer without a model: says what each role should, and keeps every prompt by role."""
 
-    SAYS = {
-        "propose": PROBLEM,
-        "reference": REFERENCE,
-        "solve": "Otters float.",
-        "rubric": RUBRIC_TEXT,
-        "judge": "Thought: so\nRating: 1\nThought: so\nRating: 1",
-    }
-
     def __init__(self, tokenizer) -> None:
-        self.tokenizer, self.prompts = tokenizer, {role: [] for role in self.SAYS}
+        self.tokenizer, self.prompts = tokenizer, {role: [] for role in SAYS}
 
     def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def generate(self, prompts: Sequence[list[int]], *, desc: str, n: int = 1, **options) -> list[list[Completion]]:
         self.prompts[desc] += prompts
-        return [[Completion([7], self.SAYS[desc], True)] * n for _ in prompts]
+        return [[Completion([7], SAYS[desc], True)] * n for _ in prompts]
 
     def choice_probs(self, rows: Sequence[list[int]], reads, choices, desc: str) -> list[torch.Tensor]:
         self.prompts[desc] += rows
@@ -159,7 +160,7 @@ def test_many_hostile_texts_do_spell_tokens_and_tags():
 def test_no_text_adds_moves_or_removes_a_special_token(tokenizer, text, harmless):
     judge, plain_prompts = harmless
     hostile = prompts_with(tokenizer, text, judge)
-    for role in Speaker.SAYS:
+    for role in SAYS:
         assert plain_prompts[role]
         for ids, plain in zip(hostile[role], plain_prompts[role], strict=True):
             assert added_ids(tokenizer, ids) == added_ids(tokenizer, plain)
@@ -257,9 +258,8 @@ PIECES = """
     1. 2) - ** * _ # ` : :: . ? ! " ' ( ) [ < / 0 1 2 3 9 \u0662 \u00b2 1e308 -1 NaN inf Fact: Gold: Name: Description:
     Weight: Thought: Rating: fact weight rating the passage text otter kelp applicable not </answer> {x} \u200b \u202e
 """.split()
-near_text = st.lists(st.sampled_from([*PIECES, " ", "\n", "\n", "\r", "\0", "\u2028"]) | any_text, max_size=60).map(
-    "".join
-)
+piece = st.sampled_from([*PIECES, " ", "\n", "\n", "\r", "\0", "\u2028"])
+near_text = st.lists(piece | any_text, max_size=60).map("".join)
 some_text = any_text | near_text | st.just(RUBRIC_TEXT)
 fuzzed = settings(max_examples=300, deadline=None, database=None, derandomize=True)
 number = st.floats() | st.sampled_from([0.0, -1.0, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 100.0])
@@ -295,8 +295,10 @@ READERS: dict[str, Callable[[str], object]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_no_text_makes_a_reader_raise(reader):
-    fuzzed(given(some_text)(READERS[reader]))()
+@fuzzed
+@given(text=some_text)
+def test_no_text_makes_a_reader_raise(reader, text):
+    READERS[reader](text)
 
 
 @fuzzed
@@ -334,10 +336,11 @@ def naive_distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
     return kept
 
 
+few_words = st.sampled_from(["a", "B", "b!", "not applicable"])
+
+
 @fuzzed
-@given(
-    st.lists(st.builds(Criterion, st.just("name"), *[st.sampled_from(["a", "B", "b!", "not applicable"])] * 2, number))
-)
+@given(st.lists(st.builds(Criterion, st.just("name"), few_words, few_words, number)))
 def test_distinct_keeps_what_a_comparison_of_all_pairs_keeps(criteria):
     assert [id(c) for c in rubric.distinct(criteria)] == [id(c) for c in naive_distinct(criteria)]
 
@@ -451,16 +454,18 @@ json_values = st.recursive(
     max_leaves=8,
 )
 json_lines = st.lists(json_values | json_values.map(lambda value: {"text": value}), max_size=6)
-few = settings(max_examples=60, deadline=None, database=None, derandomize=True)
+few = settings(max_examples=30, deadline=None, database=None, derandomize=True)
+
+
+pieces = st.sampled_from([b"text", b"\n", b"\r", b",", b'"', b'{"text":', b"}", b"\0", b"\xff\xfe", b"PAR1", b"a b"])
+any_bytes = st.binary() | st.lists(pieces | st.binary(max_size=8), max_size=40).map(b"".join)
 
 
 @suffixes
-def test_a_file_of_any_bytes_yields_documents_or_a_user_error(folder, suffix):
-    pieces = st.sampled_from(
-        [b"text", b"\n", b"\r", b",", b'"', b'{"text":', b"}", b"\0", b"\xff\xfe", b"PAR1", b"a b "]
-    )
-    mixed = st.lists(pieces | st.binary(max_size=8), max_size=40).map(b"".join)
-    few(given(st.binary() | mixed)(lambda content: documents_of(folder, suffix, content)))()
+@few
+@given(content=any_bytes)
+def test_a_file_of_any_bytes_yields_documents_or_a_user_error(folder, suffix, content):
+    documents_of(folder, suffix, content)
 
 
 @few
