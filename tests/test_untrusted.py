@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llm, tiny_model
 from hostile import HOSTILE
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -470,6 +470,7 @@ def test_a_file_of_any_bytes_yields_documents_or_a_user_error(folder, suffix, co
 
 @few
 @given(json_lines)
+@example([{"text": "half a pair \ud83d"}, {"text": {"text": "x"}}, ["text"], {}])
 def test_lines_of_any_json_yield_documents_or_a_user_error(folder, values):
     documents_of(folder, ".jsonl", "\n".join(map(json.dumps, values)).encode())
 
