@@ -42,14 +42,15 @@ def length_factor(tokens: int, soft: float, hard: float, floor: float) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2
 
 
-def too_little_content(text: str, problem: str, least: int = 3) -> bool:
-    """Fewer than `least` content words that the problem does not have, or half of the text said before.
+def too_little_content(text: str, problem: str) -> bool:
+    """Fewer than four words, or than two content words beyond the problem's, or half of it said before.
 
-    >>> too_little_content("Thought process:", "Why does bread rise?")
-    True
+    >>> [too_little_content(text, "Why does bread rise?") for text in ("Thought process:", "Yeast turns sugar to gas.")]
+    [True, False]
     """
     grams = ngrams(text, 4)
-    return len(content_words(text) - content_words(problem)) < least or 2 * len(set(grams)) < len(grams)
+    new = content_words(text) - content_words(problem)
+    return not grams or len(new) < 2 or 2 * len(set(grams)) < len(grams)
 
 
 def copies_problem(text: str, problem: str, n: int = 4, share: float = 0.6) -> bool:
@@ -72,7 +73,7 @@ FULL_MARKS = (
 MET = r"\b(?:meet|satisf|fulfil|address|cover)\w* (?:\w+ ){0,5}?(?:criteri(?:a|on)|rubrics?|requirements?)\b"
 PRAISE = (
     r" (?:is|provides|gives|offers|contains) (?:an? )?(?:\w+ ){0,2}?"
-    r"(?:perfect|excellent|outstanding|flawless|exemplary|superb|(?:fully|entirely|completely|perfectly) \w+)"
+    r"(?:perfect|excellent|outstanding|flawless|exemplary|superb|(?:fully|entirely|perfectly) (?:complete|correct|accurate))"
 )
 IGNORE = r"\b(?:ignore|disregard|forget|override)(?: all| any| of| the| these| your){0,4}"
 THE_JUDGE = r"(?:the |all |any )?(?:judges?|graders?|evaluators?|raters?)\b"
