@@ -72,8 +72,8 @@ FULL_MARKS = (
 )
 MET = r"\b(?:meet|satisf|fulfil|address|cover)\w* (?:\w+ ){0,5}?(?:criteri(?:a|on)|rubrics?|requirements?)\b"
 PRAISE = (
-    r" (?:is|provides|gives|offers|contains) (?:an? )?(?:\w+ ){0,2}?"
-    r"(?:perfect|excellent|outstanding|flawless|exemplary|superb|(?:fully|entirely|perfectly) (?:complete|correct|accurate))"
+    r" (?:is|provides|gives|offers|contains) (?:an? )?(?:\w+ ){0,2}?(?:perfect|excellent|outstanding|flawless|"
+    r"exemplary|superb|(?:fully|entirely|perfectly) (?:complete|correct|accurate))"
 )
 IGNORE = r"\b(?:ignore|disregard|forget|override)(?: all| any| of| the| these| your){0,4}"
 THE_JUDGE = r"(?:the |all |any )?(?:judges?|graders?|evaluators?|raters?)\b"
