@@ -351,7 +351,7 @@ def watch(
     The best adapter so far is kept in `run/best`; the score it had, its step and the evaluations since then in
     `progress["heldout"]`, which a checkpoint is to save. Nothing else outlives an evaluation.
     """
-    episodes = usable(episodes)
+    episodes = usable(episodes)[: cfg.eval_documents]
     if not episodes:
         tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
         return dict.fromkeys(METRICS)
