@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
+import heldout
 from checkpoint import rng_states, set_rng_states
 from data import Corpus, Document, Unreachable, UserError
 from model import LLM
@@ -183,8 +184,12 @@ def try_longest(llm: LLM, cfg: "Config", budgets: dict[str, int]) -> None:
 # --------------------------------------------------------------------------------------------------- documents
 
 
-def documents_from(corpus: Corpus, consumed: int, last: str | None = None) -> Iterator[Document]:
+def documents_from(
+    corpus: Corpus, consumed: int, last: str | None = None, held_out: Sequence[Episode] = ()
+) -> Iterator[Document]:
     """The corpus after its first `consumed` documents, read again from the start: exact for shuffled streams too.
+
+    Documents of the episodes `held_out` are left out, and not counted.
 
     A stream whose connection breaks is opened again after each of PAUSES, then Unreachable is raised. Raises
     UserError if the last document passed over is not the one with the id `last`: the corpus is not what it was.
@@ -192,7 +197,7 @@ def documents_from(corpus: Corpus, consumed: int, last: str | None = None) -> It
     failures = 0
     while True:
         try:
-            for number, document in enumerate(corpus, start=1):
+            for number, document in enumerate(heldout.without(corpus, held_out), start=1):
                 if number == consumed and last not in (None, document.id):
                     raise UserError(
                         f"the corpus {corpus.name} has changed: document {consumed} was {last} and is now {document.id}"

