@@ -26,11 +26,14 @@ def model(tmp_path_factory):
     return training.tiny_folder(tmp_path_factory.mktemp("model"))
 
 
+WATCHED = dict(audit=2, eval_every=2, eval_documents=2, best_by="reward")
+
+
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
     """A run that nothing interrupts."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    assert training.finish(training.flags(model, run), run.with_suffix(".log")) == 0
+    assert training.finish(training.flags(model, run, **WATCHED), run.with_suffix(".log")) == 0
     return run
 
 
@@ -49,7 +52,7 @@ def resume(run, **options) -> int:
 def test_a_run_killed_twelve_times_equals_the_uninterrupted_one(model, reference, tmp_path):
     """SIGKILL at random moments: by the clock, and from inside at random system calls of a save or a resume."""
     run, log, rng = tmp_path / "run", tmp_path / "log", random.Random(time.time_ns())
-    argv, kills, calls = training.flags(model, run), 0, []
+    argv, kills, calls = training.flags(model, run, **WATCHED), 0, []
     while kills < 12:
         if kills % 2:
             process = training.start(argv, log)
@@ -69,7 +72,7 @@ def test_a_run_killed_twelve_times_equals_the_uninterrupted_one(model, reference
 
 def test_a_run_stopped_by_each_signal_equals_the_uninterrupted_one(model, reference, tmp_path):
     run, log, rng = tmp_path / "run", tmp_path / "log", random.Random(time.time_ns())
-    argv = training.flags(model, run, save_every=100)  # whatever is saved, the signals have saved
+    argv = training.flags(model, run, **WATCHED, save_every=100)  # whatever is saved, the signals have saved
     for steps, number in ((1, signal.SIGTERM), (3, signal.SIGINT), (5, signal.SIGHUP)):
         process = training.start(argv, log)
         training.wait_for_steps(run, steps)
@@ -85,7 +88,7 @@ def test_a_run_stopped_by_each_signal_equals_the_uninterrupted_one(model, refere
 
 def test_a_second_ctrl_c_ends_a_slow_save_at_once_and_corrupts_nothing(model, reference, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    process = training.start(training.flags(model, run, save_every=100), log, pause=0.3)
+    process = training.start(training.flags(model, run, **WATCHED, save_every=100), log, pause=0.3)
     training.wait_for_steps(run, 2)
     os.kill(process.pid, signal.SIGINT)
     while not list((run / "checkpoints").glob(".*.tmp")):
@@ -101,7 +104,7 @@ def test_a_closed_terminal_is_survived(model, tmp_path):
     """SIGHUP comes when a terminal closes, and whatever is printed from then on fails."""
     controller, terminal = os.openpty()
     run = tmp_path / "run"
-    process = training.start(training.flags(model, run), os.ttyname(terminal))
+    process = training.start(training.flags(model, run, **WATCHED), os.ttyname(terminal))
     printed = b""
     while b"step 1/" not in printed:
         printed += os.read(controller, 1000)

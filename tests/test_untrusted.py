@@ -28,8 +28,9 @@ from transformers import AutoTokenizer
 import model
 import rubric
 from data import Corpus, Document, UserError
+from guards import length_factor
 from model import LLM, Completion, Field
-from pop import Config, length_factor, parse_args
+from pop import Config, parse_args
 from rubric import Answer, Criterion, Episode
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -49,9 +49,12 @@ def flags(model: Path, run: Path, **more: object) -> list[str]:
         "save_every": 1,
         "show_every": 100,
         "updates_per_batch": 2,
+        "audit": 0,
+        "eval_every": 0,
         **more,
     }
-    return [word for name, value in chosen.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    guards = ["--no-guard-too-little-content", "--no-guard-copies-problem"]  # a random model's noise is neither
+    return guards + [word for name, value in chosen.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
 def run_pop(argv: list[str], output: str, die_at: int | None = None, pause: float = 0.0) -> None:
