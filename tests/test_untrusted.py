@@ -85,7 +85,7 @@ def prompts_with(tokenizer, text: str, judge: str = "generate") -> dict[str, lis
     llm, cfg = Speaker(tokenizer), Config(judge=judge, rubric_answers=2, group_size=2)
     (e,) = rubric.propose(llm, [Document("otters", f"{text} {OTTERS} {text}")], cfg, random.Random(0))
     assert e.drop is None
-    rubric.write_references(llm, [(e, f"{text} {PROBLEM} {text}")], cfg)
+    rubric.write_references(llm, [(e, f"{text} {PROBLEM} {text}", "Because")], cfg)
     e.problem, e.reference = f"{text} {PROBLEM} {text}", f"{text} {REFERENCE} {text}"
     rubric.solve(llm, [e], cfg)
     e.answers = [Answer(f"{text} Otters float. {text}"), Answer(text)]
