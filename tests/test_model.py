@@ -563,6 +563,30 @@ def test_the_linear_layers_are_nf4_with_double_quantization_and_nothing_else_is(
         assert module.weight.dtype == nf4.dtype
 
 
+def test_dequantized_weights_give_the_same_greedy_tokens_and_are_gone_afterwards(folder, nf4, monkeypatch):
+    def products() -> tuple[list[list[int]], int]:
+        """Greedy tokens, and how many products went through bitsandbytes."""
+        calls = []
+        real = bitsandbytes.matmul_4bit
+        monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: calls.append(1) or real(*a, **k))
+        rows = nf4.generate(PROMPTS[:4], max_new_tokens=24, temperature=0)
+        monkeypatch.setattr(bitsandbytes, "matmul_4bit", real)
+        return [completion.ids for (completion,) in rows], len(calls)
+
+    tokens, quantized = products()
+    monkeypatch.setattr(nf4, "dequantize", True)
+    again, remaining = products()
+    assert again == tokens and quantized > 0 and remaining == 0
+    layers = [m for m in nf4.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_each_completion_fills_in_its_own_form(llm):
+    forms = [[Field(f"{number}: ", 3)] for number in range(6)]
+    groups = llm.generate(PROMPTS[:2], n=3, max_new_tokens=20, temperature=1.0, forms=forms)
+    assert [[c.text[:2] for c in group] for group in groups] == [["0:", "1:", "2:"], ["3:", "4:", "5:"]]
+
+
 @pytest.mark.parametrize("load_in", ["4bit", "bf16", "fp32"])
 def test_only_fp32_adapters_of_the_linear_layers_are_trained(folder, load_in):
     llm = load(str(folder), load_in=load_in, lora_r=4)
