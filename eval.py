@@ -1,16 +1,16 @@
 """How good is the reward, and what it trained? `python eval.py audit` holds the reward against cheap tricks."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import checkpoint
 import heldout
 import model
 import pop
-from data import HUB_CORPORA, Corpus, UserError
+from data import HUB_CORPORA, UserError
 
 
 def audit(args: argparse.Namespace) -> None:
@@ -20,15 +20,10 @@ def audit(args: argparse.Namespace) -> None:
     settings = {**pop.PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
     cfg = pop.Config(**{**settings, "preset": preset, "seed": args.seed})
     path = Path(args.output or f"runs/audit-{Path(cfg.model).name}-{cfg.task}-{cfg.judge}.json")
-    corpus = Corpus(
-        cfg.corpus or HUB_CORPORA[cfg.task][0],
-        task=cfg.task,
-        min_words=cfg.min_words,
-        max_words=cfg.max_words,
-        seed=cfg.seed,
+    documents = heldout.set_aside(pop.open_corpus(cfg), args.documents, cfg)
+    llm = model.load(
+        cfg.model, load_in=cfg.load_in, seed=cfg.seed, token_budget=cfg.rollout_tokens, dequantize=cfg.dequantize
     )
-    documents = heldout.set_aside(corpus, args.documents, cfg)
-    llm = model.load(cfg.model, load_in=cfg.load_in, seed=cfg.seed, token_budget=cfg.rollout_tokens)
     episodes = heldout.make(llm, documents, cfg)
     kept = heldout.usable(episodes)
     print(f"{cfg.model}, {cfg.judge} judge: {len(kept)} problems with rubrics, from {len(episodes)} documents")
@@ -37,7 +32,7 @@ def audit(args: argparse.Namespace) -> None:
         raise UserError(f"--documents {args.documents}: need 2 usable ones ({reasons}); ask for more")
     result = heldout.audit(llm, kept, cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
-    heldout.write(path, json.dumps(result, indent=1) + "\n")
+    checkpoint.write_json(path, path.parent, result)
     print(heldout.table(result), *heldout.warnings(result), f"all numbers in {path}", sep="\n")
 
 

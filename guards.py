@@ -9,12 +9,19 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING
 
-from rubric import Answer, content_words, ngrams
+from rubric import Answer, Episode, content_words, grade, ngrams
 
 if TYPE_CHECKING:
     from pop import Config
 
 NAMES = ("judge_addressing", "too_little_content", "copies_problem", "length")
+
+
+def reward(answer: Answer, episode: Episode, cfg: "Config") -> None:
+    """Ratings -> grade -> reward of an answer; both None where no rating could be read."""
+    kept = factor(answer, episode.problem, cfg)
+    answer.grade = None if answer.ratings is None else grade(answer.ratings, episode.rubric)
+    answer.reward = None if answer.grade is None else answer.grade * kept
 
 
 def factor(answer: Answer, problem: str, cfg: "Config") -> float:

@@ -10,10 +10,10 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import random
 import re
 import statistics
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +25,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+import checkpoint
 import guards
 import rubric
 from data import Corpus, Document
@@ -43,7 +44,9 @@ def prepare(llm: LLM, corpus: Corpus, cfg: "Config", run: Path) -> list[Episode]
     path = run / "heldout.jsonl"
     if n and not path.exists():
         episodes = make(llm, set_aside(corpus, n, cfg), cfg)
-        write(path, "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes))
+        text = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
+        with checkpoint.writing(path, run):
+            checkpoint.replace_file(path, text.encode())
         tqdm.write(f"held out: {len(usable(episodes))} problems with rubrics, from {len(episodes)} documents")
     return read(path) if n else []
 
@@ -85,20 +88,6 @@ def read(path: Path) -> list[Episode]:
         e["document"], e["rubric"] = Document(**e["document"]), [Criterion(**c) for c in e["rubric"]]
         episodes.append(Episode(**e))
     return episodes
-
-
-def write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    put(new, path)
-
-
-def put(new: Path, path: Path) -> None:
-    """Move a finished file into place at once, its contents safe on the disk."""
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
 
 
 @contextlib.contextmanager
@@ -300,7 +289,7 @@ def audit_before_training(llm: LLM, episodes: Sequence[Episode], cfg: "Config", 
         tqdm.write(f"WARNING: no audit of the reward: {len(episodes)} of the held-out documents gave a rubric, need 2")
         return
     result = audit(llm, episodes, cfg)
-    write(run / "audit.json", json.dumps(result, indent=1) + "\n")
+    checkpoint.write_json(run / "audit.json", run, result)
     tqdm.write(f"audit of the reward on {len(episodes)} held-out documents ({cfg.judge} judge)\n{table(result)}")
     for warning in warnings(result):
         tqdm.write(warning)
@@ -334,9 +323,7 @@ def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
         rubric.judge(llm, episodes, replace(cfg, roles="base"))
     for e in episodes:
         for a in e.answers:
-            kept = guards.factor(a, e.problem, cfg)
-            a.grade = None if a.ratings is None else rubric.grade(a.ratings, e.rubric)
-            a.reward = None if a.grade is None else a.grade * kept
+            guards.reward(a, e, cfg)
 
 
 def due(step: int, cfg: "Config") -> bool:
@@ -386,12 +373,11 @@ def one_line(numbers: dict[str, Any]) -> str:
 
 def save_adapter(llm: LLM, folder: Path) -> None:
     """Save over what is there. The weights are one file, replaced at once, so the folder is whole at every moment."""
-    new = folder.with_name(folder.name + ".new")
-    llm.model.save_pretrained(str(new))
     folder.mkdir(exist_ok=True)
-    for file in sorted(new.iterdir()):  # the weights after their configuration
-        put(file, folder / file.name)
-    new.rmdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        llm.model.save_pretrained(new, save_embedding_layers=False)  # or peft asks the hub about the base model
+        for file in sorted(Path(new).iterdir()):  # the weights after their configuration
+            checkpoint.replace_file(folder / file.name, file.read_bytes())
 
 
 # -------------------------------------------------------------------------------------------------- similarity

@@ -294,10 +294,10 @@ class LLM:
         from bitsandbytes import functional, nn
 
         layers: list[Any] = [m for m in self.model.modules() if self.dequantize and isinstance(m, nn.Linear4bit)]
-        for layer in layers:
-            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(self.dtype)
-            layer.forward = functools.partial(torch.nn.functional.linear, weight=weight, bias=layer.bias)
         try:
+            for layer in layers:
+                weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(self.dtype)
+                layer.forward = functools.partial(torch.nn.functional.linear, weight=weight, bias=layer.bias)
             yield
         finally:
             for layer in layers:

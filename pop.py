@@ -287,8 +287,7 @@ def grade(episodes: Sequence[Episode], cfg: Config) -> None:
             e.drop = "judge/unreadable ratings"
             continue
         for a in e.answers:
-            a.grade = rubric.grade(a.ratings or [], e.rubric)
-            a.reward = a.grade * guards.factor(a, e.problem, cfg)
+            guards.reward(a, e, cfg)
         rewards = [a.reward or 0.0 for a in e.answers]
         for a, advantage in zip(e.answers, group_advantages(rewards, cfg.scale_by_std), strict=True):
             a.advantage = advantage
@@ -687,16 +686,7 @@ def main(argv: Sequence[str]) -> int:
 
         print(plan.plan(cfg))
         return 0
-    corpus = Corpus(
-        cfg.corpus or HUB_CORPORA[cfg.task][0],
-        task=cfg.task,
-        config=cfg.corpus_config,
-        split=cfg.corpus_split,
-        text_field=cfg.text_field,
-        min_words=cfg.min_words,
-        max_words=cfg.max_words,
-        seed=cfg.seed,
-    )
+    corpus = open_corpus(cfg)
     next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     llm = load(
         cfg.model,
@@ -720,6 +710,19 @@ def main(argv: Sequence[str]) -> int:
         return faults.RESUMABLE
     print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
     return 0
+
+
+def open_corpus(cfg: Config) -> Corpus:
+    return Corpus(
+        cfg.corpus or HUB_CORPORA[cfg.task][0],
+        task=cfg.task,
+        config=cfg.corpus_config,
+        split=cfg.corpus_split,
+        text_field=cfg.text_field,
+        min_words=cfg.min_words,
+        max_words=cfg.max_words,
+        seed=cfg.seed,
+    )
 
 
 def check_context(llm: LLM, cfg: Config) -> None:

@@ -97,7 +97,12 @@ OPENINGS = {
         ("Explain why", "Because the"),
         ("Explain how", "First, the"),
     ],
-    "writing": [("Write a story about a", "There was a"), ("Write a story in which a", "It began when")],
+    "writing": [
+        ("Write a story about the", "It began when"),
+        ("Write a story in which the", "It began when"),
+        ("Write a story set in", "There was a"),
+        ("Write a story that begins: The", "After that"),
+    ],
 }
 
 PROBLEM = {

@@ -1,5 +1,6 @@
 """A tiny random model and a byte tokenizer: tests of the code's logic run in seconds, without files."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs ignore some of them
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 torch.set_num_threads(1)  # tiny matrices on shared cores: more threads only wait for each other
 
 CHAT = (

@@ -443,27 +443,25 @@ def test_a_lost_connection_ends_the_run_resumably(played, tmp_path, monkeypatch,
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
 
 
-def test_a_signal_within_an_update_waits_for_the_end_of_the_step(played, tmp_path, monkeypatch):
+def signal_in_update(monkeypatch, number: signal.Signals) -> None:
     real = pop.update
 
     def signalled(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return real(*args)
 
     monkeypatch.setattr(pop, "update", signalled)
+
+
+def test_a_signal_within_an_update_waits_for_the_end_of_the_step(played, tmp_path, monkeypatch):
+    signal_in_update(monkeypatch, signal.SIGINT)
     assert pop.main(played()) == faults.RESUMABLE
     assert [m["step"] for m in metrics(tmp_path)] == [1] and metrics(tmp_path)[0]["loss"] is not None
     assert checkpoint.newest(tmp_path / "run").name == "step-000001"
 
 
 def test_a_signal_in_the_very_last_update_is_no_interruption(played, tmp_path, monkeypatch):
-    real = pop.update
-
-    def signalled(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(pop, "update", signalled)
+    signal_in_update(monkeypatch, signal.SIGTERM)
     assert pop.main(played(steps=1)) == 0
 
 

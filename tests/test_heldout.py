@@ -6,6 +6,7 @@ import random
 import statistics
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,14 +412,14 @@ def test_a_save_of_the_best_that_is_cut_short_leaves_the_former_one(monkeypatch,
     before = {file.name: file.read_bytes() for file in (tmp_path / "best").iterdir()}
     with torch.no_grad():
         pop.trainable(llm)[0].add_(1)
-    real = heldout.os.replace
+    real = Path.replace
 
     def killed(new, path):
         if path.name == "adapter_model.safetensors":
             raise KeyboardInterrupt
-        real(new, path)
+        return real(new, path)
 
-    monkeypatch.setattr(heldout.os, "replace", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         heldout.save_adapter(llm, tmp_path / "best")
     assert {file.name: file.read_bytes() for file in (tmp_path / "best").iterdir()} == before
