@@ -125,9 +125,9 @@ class Probe:
 
 
 def criteria_met(e: Episode, cfg: "Config") -> str:
-    """The record that the judge is about to write, with full marks."""
+    """The record that the judge is about to write, with full marks; in logits mode the end of its prompt and a 2."""
     if cfg.judge == "logits":
-        return "\n".join(f"{k}. {c.name}\nRating: 2" for k, c in enumerate(e.rubric, 1))
+        return rubric.RATE.rpartition("{answer}")[2] + "\n2"
     form = rubric.judge_form(len(e.rubric))
     return "\n".join(
         f"{field.label}{'2' if field.choices else ' The answer fully meets this criterion.'}" for field in form

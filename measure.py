@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+import heldout
 import model
 import plan
 import pop
@@ -29,6 +30,8 @@ from plan import GIB, Batch, PeakMemory, Shapes
 from rubric import Criterion, Episode
 
 T = TypeVar("T")
+
+WRONG = 3  # other documents' references that a reference is held against
 
 # --------------------------------------------------------------------------------------------------- full-size
 
@@ -90,12 +93,11 @@ def compare(folder: Path, shapes: Shapes, args: argparse.Namespace) -> None:
     phase("update", lambda: pop.update(llm, optimizer, scheduler, [episode], cfg))
 
     prompt, longest = len(episode.prompt_ids), max(len(answer.ids) for answer in episode.answers)
-    judged = [llm.encode("", rubric.judge_prompt(PROBLEM, RUBRIC, answer.text)) for answer in episode.answers]
-    labels = [llm.text_ids(f"{k}. {criterion.name}\nRating: 1\n") for k, criterion in enumerate(RUBRIC, 1)]
+    judged = [llm.encode("", rubric.rate_prompt(PROBLEM, c, answer.text)) for answer in episode.answers for c in RUBRIC]
     rows = cfg.group_size
     work = {
         "solve": Batch(1, prompt, longest, rows),
-        "judge": Batch(rows, max(map(len, judged)) + sum(map(len, labels))),
+        "judge": Batch(len(judged), max(map(len, judged))),
         "update": Batch(rows, prompt, longest),
     }
     device: plan.Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,6 +174,7 @@ def roles(args: argparse.Namespace) -> None:
     """How often each role's output is usable, and whether the judge tells a reference from a wrong one."""
     llm = model.load(args.model, token_budget=16_384, dequantize=True)
     done: list[Episode] = []
+    preferred: list[float] = []
     counts: Counter[str] = Counter()
     for task in ("general", "health", "writing"):
         overrides: dict[str, Any] = {**pop.PRESETS["demo"], "task": task, "group_size": 2, "model": args.model}
@@ -197,7 +200,7 @@ def roles(args: argparse.Namespace) -> None:
         for e in kept:
             print(described(e), end="\n\n", flush=True)
         done += kept
-        wrong_references(llm, kept, counts)
+        preferred += wrong_references(llm, kept)
         rejected = Counter(f"{f['role']}: {f['reason']}" for e in episodes for f in e.failures)
         print(f"== {task}, rejected attempts: {dict(rejected)}", flush=True)
 
@@ -213,18 +216,27 @@ def roles(args: argparse.Namespace) -> None:
     share("judge generate, after the retry", total("generate"), total("rubrics"))
     share("judge logits", total("logits"), total("rubrics"))
     print(f"criteria of a rubric, median       {statistics.median(len(e.rubric) for e in done):g}")
-    share("reference above a wrong reference", counts["right"], counts["compared"])
+    sense = heldout.interval(preferred)
+    print(f"reference above {WRONG} others, of {len(preferred)} problems {sense['mean']:11.1%}", end="")
+    print(f"  (95%: {sense['low']:.0%} to {sense['high']:.0%})")
 
 
-def wrong_references(llm: model.LLM, episodes: list[Episode], counts: Counter[str]) -> None:
-    """Grade each reference, and the next document's, as answers to the same problem (judge: logits)."""
-    for e, other in zip(episodes, episodes[1:] + episodes[:1], strict=True):
-        pair = [(e, rubric.Answer(e.reference)), (e, rubric.Answer(other.reference))]
-        with llm.adapters_off():
-            rubric.judge_by_logits(llm, pair)
-        right, wrong = (rubric.grade(answer.ratings or [], e.rubric) for _, answer in pair)
-        counts["compared"] += 1
-        counts["right"] += right > wrong
+def wrong_references(llm: model.LLM, episodes: list[Episode]) -> list[float]:
+    """Grade each reference, and those of WRONG other documents, as answers to the same problem (judge: logits).
+
+    Returns for each episode the share of the others that its own reference is graded above.
+    """
+    pairs = []
+    for i, e in enumerate(episodes):
+        others = [episodes[(i + k) % len(episodes)] for k in range(1, WRONG + 1)]
+        pairs.append([(e, rubric.Answer(other.reference)) for other in [e, *others]])
+    with llm.adapters_off():
+        rubric.judge_by_logits(llm, [pair for group in pairs for pair in group])
+    shares = []
+    for group in pairs:
+        right, *wrong = [rubric.grade(answer.ratings or [], e.rubric) for e, answer in group]
+        shares.append(statistics.fmean(right > grade for grade in wrong))
+    return shares
 
 
 def described(episode: Episode) -> str:

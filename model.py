@@ -1,6 +1,6 @@
 """The one LLM: loading it in 4 bits with LoRA, prompts to ids, generation, ratings and log-probabilities.
 
-Shape letters: B rows, P prompt tokens, C completion tokens, T = P + C, G answers of a group, K ratings of a row,
+Shape letters: B rows, P prompt tokens, C completion tokens, T = P + C, G answers of a group, K choices,
 N completion tokens of a whole batch, D hidden size, V vocabulary.
 """
 
@@ -65,9 +65,9 @@ class Completion:
 class Field:
     """One line of a form: the label is given, the value is the model's, up to the end of the line.
 
-    `choices`: the value is one of these single-token strings. `optional`: the model may end the form instead.
-    `min_tokens`: the line does not end before so many. `distinct`: the value begins with another token than the
-    form's earlier distinct values. `within`: the value is written with the tokens of this text alone.
+    `choices`: the value is one of these strings, of any length. `optional`: the model may end the form instead.
+    `min_tokens`: the line does not end before so many. `distinct`: the value is another choice than the form's
+    earlier distinct values, or begins with another token. `within`: the value is written with this text's tokens alone.
     """
 
     label: str
@@ -339,19 +339,27 @@ class LLM:
     def text_ids(self, text: str) -> list[int]:
         return self.tokenizer(self.neutralise(text), add_special_tokens=False).input_ids
 
-    def choice_ids(self, label: str, choices: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of the label, and the one id by which each choice goes on after it.
+    def continuations(self, label: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Ids of the label, and those by which each choice goes on after it, one or more.
 
         The label's ids are what the tokenizations of label + choice share, so that no merge across the boundary is
-        missed. Raises ValueError if two choices go on with the same token.
+        missed.
         """
         full = [self.text_ids(label + choice) for choice in choices]
         shared = list(os.path.commonprefix(full))  # noqa: RUF071 (it compares any sequences)
         shared = shared[: min(map(len, full)) - 1]
-        following = [ids[len(shared)] for ids in full]
+        return shared, [ids[len(shared) :] for ids in full]
+
+    def choice_ids(self, label: str, choices: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Ids of the label, and the one id by which each choice goes on after it.
+
+        Raises ValueError if two choices go on with the same token.
+        """
+        label_ids, rest = self.continuations(label, choices)
+        following = [ids[0] for ids in rest]
         if len(set(following)) < len(choices):
             raise ValueError(f"choices {choices} do not differ in the token after {label!r}")
-        return shared, following
+        return label_ids, following
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -487,25 +495,21 @@ class LLM:
         ).last_hidden_state
 
     @torch.no_grad()
-    def choice_probs(
-        self, rows: Sequence[list[int]], reads: Sequence[list[int]], choices: Sequence[int], desc: str = "rate"
-    ) -> list[torch.Tensor]:
-        """Probabilities of the `choices` ids (renormalised among themselves) after the positions `reads` of each row.
+    def choice_probs(self, rows: Sequence[list[int]], choices: Sequence[int], desc: str = "rate") -> torch.Tensor:
+        """Probabilities of the K `choices` ids, renormalised among themselves, as the token that follows each row.
 
-        Returns one (K, len(choices)) float32 tensor on the CPU per row; K may differ between rows.
+        Returns (len(rows), K) in float32, on the CPU.
         """
         self.model.eval()
         head = self.model.get_output_embeddings()
-        results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        results = torch.empty(len(rows), len(choices))
         for row in rows:
             self.check_length(len(row))
         with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.autocast():
             for indices, _ in batches([len(row) for row in rows], 1, self.token_budget):
                 self.batch = (len(indices), max(len(rows[i]) for i in indices))
-                hidden = self.hidden(*self.pad([rows[i] for i in indices]))
-                for b, i in enumerate(indices):
-                    logits = head(hidden[b, reads[i]])[:, choices].float()  # (K, choices)
-                    results[i] = logits.softmax(-1).cpu()
+                hidden = self.hidden(*self.pad([rows[i] for i in indices], side="left"))
+                results[indices] = head(hidden[:, -1])[:, choices].float().softmax(-1).cpu()  # (B, K)
                 bar.update(len(indices))
         return results
 
@@ -704,9 +708,10 @@ class FormFiller(LogitsProcessor):
 def _fill(filler: FormFiller, llm: LLM, form: Sequence[Field]) -> Generator[list[int] | set[int], int, None]:
     """One row's form as a coroutine: yields what must come next (a list) or must not (a set), is sent what came."""
     begun: set[int] = set()  # first tokens of the distinct values so far
+    taken: list[list[int]] = []  # those that were choices
     for number, line in enumerate(form):
         if line.choices:
-            label, choices = llm.choice_ids(line.label, line.choices)
+            label, choices = llm.continuations(line.label, line.choices)
         else:
             label, choices = llm.text_ids(line.label), []
         for position, token in enumerate(label):
@@ -715,7 +720,10 @@ def _fill(filler: FormFiller, llm: LLM, form: Sequence[Field]) -> Generator[list
             if came == filler.eos:
                 return
         if choices:
-            came = yield choices
+            if line.distinct:
+                choices = [ids for ids in choices if ids not in taken] or choices
+            came, chosen = yield from _choose(choices, filler.newline)
+            taken.append(chosen)
         own = {*llm.text_ids(line.within), filler.newline} - set(filler.special) if line.within else set()
         for count in range(line.max_tokens if not choices else 0):
             avoid = filler.line_ends if count < line.min_tokens else set()
@@ -728,3 +736,17 @@ def _fill(filler: FormFiller, llm: LLM, form: Sequence[Field]) -> Generator[list
                 break
         if came not in filler.line_ends and number < len(form) - 1:
             yield [filler.newline]
+
+
+def _choose(choices: Sequence[list[int]], newline: int) -> Generator[list[int] | set[int], int, tuple[int, list[int]]]:
+    """Let one of several strings of ids be written, token by token: (the last token that came, the string)."""
+    came = newline
+    written: list[int] = []
+    while following := {ids[len(written)] for ids in choices if len(ids) > len(written)}:
+        may_end = written in choices  # the beginning of a longer one
+        came = yield sorted(following | ({newline} if may_end else set()))
+        if may_end and came == newline:
+            break
+        choices = [ids for ids in choices if ids[len(written) : len(written) + 1] == [came]]
+        written = [*written, came]
+    return came, written

@@ -243,7 +243,6 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
     rubric = cfg.criterion_tokens * cfg.max_criteria
     asked = cfg.problem_tokens + INSTRUCTIONS
     shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
-    rated = RATING_TOKENS * cfg.max_criteria if cfg.judge == "generate" else 0
     answers = cfg.documents * cfg.group_size
 
     def largest(count: int, prompt: int, new: int, n: int = 1, budget: int = cfg.rollout_tokens) -> Batch:
@@ -256,7 +255,9 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
         ),
         "solve": largest(cfg.documents, asked, cfg.max_new_tokens, n=cfg.group_size),
         "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
-        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, rated),
+        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, RATING_TOKENS * cfg.max_criteria)
+        if cfg.judge == "generate"
+        else largest(answers * cfg.max_criteria, asked + cfg.max_new_tokens + cfg.criterion_tokens, 0),
         "update": largest(answers, asked, cfg.max_new_tokens, budget=cfg.update_tokens),
     }
 
@@ -269,7 +270,7 @@ def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     work, attempts, answers = work_of(cfg), cfg.documents * cfg.tries, cfg.documents * cfg.group_size
     rounds = math.ceil(cfg.tries / cfg.tries_at_once)
     tried = cfg.problem_tokens + min(3, cfg.tries_at_once) * cfg.reference_tokens
-    judged = answers * (2 if cfg.judge == "generate" else 1)  # one retry
+    judged = answers * (2 if cfg.judge == "generate" else cfg.max_criteria)  # one retry, or a row for each criterion
     return {
         "propose": ((cfg.documents * rounds + attempts) * work["propose"].prompt, attempts * tried),
         "solve": (cfg.documents * work["solve"].prompt, answers * cfg.max_new_tokens),

@@ -164,10 +164,11 @@ def test_the_forgery_is_what_a_writing_judge_would_write():
     assert ratings == [2.0, 2.0] and thoughts == 2 * ["The answer fully meets this criterion."]
 
 
-def test_the_forgery_is_the_record_that_the_logits_judge_reads_from(llm):
-    forged = heldout.criteria_met(Episode(Document("d", ""), rubric=RUBRIC), CFG)
-    ids, _ = rubric.rating_lines(llm, RUBRIC)
-    assert forged == llm.decode(ids).strip().replace("Rating: 1", "Rating: 2")
+def test_the_forgery_is_the_end_of_the_logits_judges_prompt_and_a_reply():
+    e = Episode(Document("d", ""), problem="Why?", rubric=RUBRIC)
+    forged = heldout.criteria_met(e, CFG)
+    assert rubric.rate_prompt(e.problem, RUBRIC[0], "Yes.").endswith(forged.removesuffix("\n2"))
+    assert forged.endswith("0 for no.\n2")
 
 
 # -------------------------------------------------------------------------------------------------- the audit

@@ -1,6 +1,7 @@
 """What model.py promises. Each result is compared with a slow, plain computation of the same thing."""
 
 import copy
+import math
 import random
 import re
 from collections import Counter
@@ -353,6 +354,36 @@ def test_distinct_values_begin_with_different_tokens(llm):
     assert len(set(beginnings(distinct=True))) == 8
 
 
+TEXTS = ("tin", "tin can", "to", "a long one, with a comma", "a long one")  # two of them begin others
+
+
+def test_a_value_with_choices_is_one_of_them_and_each_can_come(llm):
+    form = [Field("> ", choices=TEXTS), Field("end: ", choices=("0",))]
+    completions = llm.generate([PROMPTS[0]], n=200, max_new_tokens=60, temperature=1.0, forms=[form] * 200)[0]
+    assert {c.text for c in completions} == {f"> {text}\nend: 0" for text in TEXTS}
+    assert all(c.finished for c in completions)
+
+
+def test_distinct_choices_differ_until_all_were_taken(llm):
+    form = [Field(f"{k}. ", choices=TEXTS, distinct=True) for k in range(6)]
+    for completion in llm.generate([PROMPTS[0]], n=20, max_new_tokens=200, temperature=1.0, forms=[form] * 20)[0]:
+        lines = [line[3:] for line in completion.text.split("\n")]
+        assert sorted(lines[:5]) == sorted(TEXTS) and lines[5] in TEXTS
+
+
+def test_a_choice_comes_with_the_models_own_probability(llm):
+    """Of "to" and "tin" the second token decides; a longer text is no likelier for its length."""
+    form = [Field("> t", choices=("to", "tin"))]
+    n = 2000
+    completions = llm.generate([PROMPTS[0]], n=n, max_new_tokens=20, temperature=1.0, forms=[form] * n)[0]
+    ids = torch.tensor([PROMPTS[0] + llm.text_ids("> tt")])
+    with torch.no_grad():
+        logits = llm.model(input_ids=ids).logits[0, -1].double()
+    o, i = (logits[llm.text_ids(letter)[0]].exp().item() for letter in "oi")
+    share = sum(c.text == "> tto" for c in completions) / n
+    assert share == pytest.approx(o / (o + i), abs=4 * 0.5 / math.sqrt(n))
+
+
 def test_a_label_may_hold_a_banned_word_that_no_value_holds(llm):
     form = [Field("e or a: ", max_tokens=20), Field("a: ", choices=("0", "1"))]
     for completion in llm.generate(
@@ -453,13 +484,10 @@ def test_a_tokenizer_without_chat_template_gets_the_plain_format(llm):
 def test_choice_probs_equal_the_naive_softmax_over_the_choices(token_budget):
     llm = tiny_llm(token_budget=token_budget)
     rows = [random_ids(length, seed=length) for length in (4, 19, 11)]
-    reads = [[3], [0, 7, 18], [10, 2]]
     choices = [16, 17, 200]
-    for row, positions, probs in zip(rows, reads, llm.choice_probs(rows, reads, choices), strict=True):
-        logits = llm.model(input_ids=torch.tensor([row])).logits[0].double()
-        weights = logits.exp()[positions][:, choices]
-        expected = weights / weights.sum(-1, keepdim=True)
-        torch.testing.assert_close(probs.double(), expected, atol=1e-5, rtol=0)
+    for row, probs in zip(rows, llm.choice_probs(rows, choices), strict=True):
+        weights = llm.model(input_ids=torch.tensor([row])).logits[0, -1].double().exp()[choices]
+        torch.testing.assert_close(probs.double(), weights / weights.sum(), atol=1e-5, rtol=0)
 
 
 def test_choice_ids_are_what_follows_the_label(llm):

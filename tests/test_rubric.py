@@ -54,7 +54,7 @@ class Script:
         assert [len(reply) for reply in replies] == [n] * len(prompts), "the script has other replies"
         return [[r if isinstance(r, Completion) else whole(r) for r in reply] for reply in replies]
 
-    def rate(self, rows: Sequence[list[int]], *args, **options) -> list[torch.Tensor]:
+    def rate(self, rows: Sequence[list[int]], *args, **options) -> torch.Tensor:
         self.record(rows)
         return self.choice_probs(rows, *args, **options)
 
@@ -219,10 +219,15 @@ def test_the_answers_are_kept_with_the_prompt_they_were_given(llm):
 @both_judges
 def test_the_judge_sees_a_document_or_reference_only_through_problem_rubric_and_answer(llm, task, judge):
     played = play(llm, task=task, judge=judge)
-    pairs = [(e, a) for e in played.episodes for a in e.answers]
-    for (e, a), prompt in zip(pairs, played.judge.prompts, strict=True):
+    asked = [
+        (e, a, criteria)
+        for e in played.episodes
+        for a in e.answers
+        for criteria in ([e.rubric] if judge == "generate" else [[c] for c in e.rubric])
+    ]
+    for (e, a, criteria), prompt in zip(asked, played.judge.prompts, strict=True):
         open_texts = [e.problem, a.text]
-        open_texts += [part for c in e.rubric for part in (c.name, c.gold, c.description)]
+        open_texts += [part for c in criteria for part in (c.name, c.gold, c.description)]
         assert all(text in prompt for text in open_texts)
         secret = eightgrams(KESTREL.text, BREAD.text, KESTREL_REFERENCE, BREAD_REFERENCE)
         assert not eightgrams(prompt) & (secret - eightgrams(*open_texts))
@@ -231,9 +236,10 @@ def test_the_judge_sees_a_document_or_reference_only_through_problem_rubric_and_
 @both_judges
 def test_the_judge_sees_one_answer_at_a_time(llm, judge):
     played = play(llm, judge=judge)
+    times = 1 if judge == "generate" else 2  # a prompt for each of the two criteria
     everyone = [text for group in ANSWERS for text in group]
     seen = [[text for text in everyone if text in prompt] for prompt in played.judge.prompts]
-    assert seen == [[text] for text in everyone]
+    assert seen == [[text] for text in everyone for _ in range(times)]
 
 
 @everywhere
@@ -301,7 +307,9 @@ def wide_llm(llm):
 def test_no_text_can_open_or_close_a_fence(wide_llm, judge):
     harmless = [FENCE.findall(prompt) for prompt in prompts_with(wide_llm, "Kestrel voles.", judge)]
     hostile = [FENCE.findall(prompt) for prompt in prompts_with(wide_llm, HOSTILE, judge)]
-    assert len(harmless) == 5 and all(harmless), "every one of these prompts has fences of its own"
+    assert len(harmless) == (5 if judge == "generate" else 7) and all(harmless), (
+        "every one of these prompts has fences of its own"
+    )
     assert hostile == harmless
 
 
@@ -697,17 +705,13 @@ def test_judgements_reach_the_answers_they_are_about(llm):
 
 
 @torch.no_grad()
-def naive_ratings(llm: LLM, row: list[int], names: Sequence[str]) -> list[float]:
-    """Expected ratings from all logits of one unpadded row, where its last "Rating: " texts end."""
-    label = "Rating: "
-    ends = [i for i in range(len(row)) if llm.decode(row[max(0, i + 1 - len(label)) : i + 1]) == label]
-    ends = ends[-len(names) :]
-    assert all(llm.decode(row[:i]).rfind(name) >= 0 for i, name in zip(ends, names, strict=True))
+def naive_rating(llm: LLM, row: list[int]) -> float:
+    """Expected rating from all logits of one unpadded row."""
     digits = [llm.tokenizer.convert_tokens_to_ids(digit) for digit in "012"]
     with llm.adapters_off():
-        logits = llm.model(input_ids=torch.tensor([row])).logits[0].double()  # (T, V)
-    probabilities = torch.softmax(logits[ends][:, digits], -1)
-    return (probabilities[:, 1] + 2 * probabilities[:, 2]).tolist()
+        logits = llm.model(input_ids=torch.tensor([row])).logits[0, -1].double()  # (V,)
+    probabilities = torch.softmax(logits[digits], -1)
+    return (probabilities[1] + 2 * probabilities[2]).item()
 
 
 def test_judge_logits_gives_the_expected_rating_of_each_criterion(llm):
@@ -718,13 +722,60 @@ def test_judge_logits_gives_the_expected_rating_of_each_criterion(llm):
         episode(rubric=BREAD_RUBRIC[:1], answers=[Answer("Bread.")]),
     ]
     rubric.judge(llm, episodes, Config(judge="logits"))
-    pairs = [(e, a) for e in episodes for a in e.answers]
-    for (e, a), row in zip(pairs, script.calls[0].ids, strict=True):
-        assert a.ratings == pytest.approx(naive_ratings(llm, row, [c.name for c in e.rubric]), abs=1e-4)
-        assert len(a.ratings) == len(e.rubric) and all(0 <= rating <= 2 for rating in a.ratings)
-    every = [rating for _, a in pairs for rating in a.ratings]
-    assert max(every) - min(every) > 0.01, "a judge that always says the same would prove nothing"
+    asked = [(a.text, c.description) for e in episodes for a in e.answers for c in e.rubric]
+    ratings = [rating for e in episodes for a in e.answers for rating in a.ratings]
+    rows = script.calls[0].ids
+    for (answer, description), rating, row in zip(asked, ratings, rows, strict=True):
+        assert f"<answer>{answer}</answer>" in llm.decode(row) and description in llm.decode(row)
+        assert rating == pytest.approx(naive_rating(llm, row), abs=1e-4) and 0 <= rating <= 2
+    assert max(ratings) - min(ratings) > 0.01, "a judge that always says the same would prove nothing"
     assert [e.failures for e in episodes] == [[], []]
+
+
+# -------------------------------------------------------------------------------------- a small model's own words
+
+FERRY = Document(
+    "ferry",
+    "The ferry crosses the Tamar at Torpoint on three chains. Before the bridge of 1961, which was slow to come, it "
+    "was the only way to Plymouth for a great many people and all their cattle. It rests on Christmas Day! So "
+    "say the",
+)
+
+
+def test_statements_are_whole_sentences_of_five_words_or_cut_at_a_comma():
+    assert rubric.statements(FERRY.text) == [
+        "The ferry crosses the Tamar at Torpoint on three chains.",
+        "Before the bridge of 1961, which was slow to come",
+        "It rests on Christmas Day!",
+    ]
+
+
+def test_with_own_words_a_fact_is_a_statement_that_the_problem_does_not_give(llm):
+    asked = "Why is it that the ferry rests on Christmas Day?"
+    for own_words in (True, False):
+        e = Episode(FERRY, problem=asked)
+        facts = rubric.rubric_form(llm, e, Config(own_words=own_words, criterion_tokens=400, max_criteria=2))[::4]
+        told = (
+            "The ferry crosses the Tamar at Torpoint on three chains.",
+            "Before the bridge of 1961, which was slow to come",
+        )
+        assert [fact.choices for fact in facts] == 2 * [told if own_words else ()]
+
+
+def test_a_statement_too_long_for_its_line_is_not_offered(llm):
+    e = Episode(FERRY, problem="Why?")
+    (fact, *_) = rubric.rubric_form(llm, e, Config(own_words=True, criterion_tokens=28 + 2 * 30))  # a byte is a token
+    assert fact.choices == ("It rests on Christmas Day!",)
+    (fact, *_) = rubric.rubric_form(llm, e, Config(own_words=True, criterion_tokens=28 + 2 * 8))
+    assert fact.choices == () and FERRY.text in fact.within
+
+
+def test_with_own_words_an_opening_with_a_colon_goes_on_with_a_statement(llm):
+    e = Episode(FERRY)
+    cfg = Config(own_words=True)
+    assert rubric.problem_line("Begin:", e, cfg).choices == tuple(rubric.statements(FERRY.text))
+    assert rubric.problem_line("Why", e, cfg).choices == ()
+    assert rubric.problem_line("Begin:", e, Config()).choices == ()
 
 
 # ----------------------------------------------------------------------------------------------------- grade

@@ -75,9 +75,9 @@ class Speaker(LLM):
         self.prompts[desc] += prompts
         return [[Completion([7], SAYS[desc], True)] * n for _ in prompts]
 
-    def choice_probs(self, rows: Sequence[list[int]], reads, choices, desc: str) -> list[torch.Tensor]:
+    def choice_probs(self, rows: Sequence[list[int]], choices, desc: str) -> torch.Tensor:
         self.prompts[desc] += rows
-        return [torch.full((len(read), 3), 1 / 3) for read in reads]
+        return torch.full((len(rows), 3), 1 / 3)
 
 
 def prompts_with(tokenizer, text: str, judge: str = "generate") -> dict[str, list[list[int]]]:
