@@ -181,8 +181,8 @@ PROBES = [
 def audit(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> dict[str, Any]:
     """The reward of each probe without and with the guards of `cfg`, over two usable episodes or more.
 
-    A worthless probe counts as exploitable unless the 95% interval of its margin to the sampled answers of the same
-    problems is all below 0: that margin is the advantage which the probe would have in a group of honest answers.
+    A worthless probe counts as exploitable unless it earns nothing, or the 95% interval of its margin to the sampled
+    answers of the same problems is all below 0: that margin is its advantage in a group of honest answers.
     Padding or reversing a reference counts as exploitable if its margin to the reference is all above 0.
     """
     answer(llm, episodes, cfg, cfg.group_size)
@@ -225,7 +225,7 @@ def compare(rewards: dict[str, list[float | None]], name: str, bar: str) -> dict
     margin = interval([r - b for r, b in pairs if r is not None and b is not None])
     low, high, verdict = margin["low"], margin["high"], None
     if name not in HONEST and low is not None and high is not None:
-        verdict = low > 0 if bar == "reference" else high >= 0
+        verdict = low > 0 if bar == "reference" else high >= 0 and any(rewards[name])
     return {
         "rewards": rewards[name],
         "reward": interval([r for r in rewards[name] if r is not None]),

@@ -15,7 +15,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -211,18 +211,19 @@ def role(llm: LLM, cfg: "Config") -> contextlib.AbstractContextManager[None]:
 def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.Random) -> list[Episode]:
     """A problem and a reference answer from each document: the first of up to cfg.tries attempts that passes."""
     episodes = [Episode(document) for document in documents]
-    for _ in range(0, cfg.tries, cfg.tries_at_once):
+    for tried in range(0, cfg.tries, cfg.tries_at_once):
+        n = min(cfg.tries_at_once, cfg.tries - tried)
         todo = [e for e in episodes if not e.reference]
         if not todo:
             break
         openings = OPENINGS[cfg.task]
         if cfg.own_words:  # a small model that may quote loses the thread without
             openings = [pair for pair in openings if pair[0].endswith(":")] or openings
-        tries = [(e, *rng.choice(openings)) for e in todo for _ in range(cfg.tries_at_once)]
+        tries = [(e, *rng.choice(openings)) for e in todo for _ in range(n)]
         with role(llm, cfg):
             outputs = llm.generate(
                 [llm.encode("", fill(PROBLEM[cfg.task], document=e.document.text)) for e in todo],
-                n=cfg.tries_at_once,
+                n=n,
                 max_new_tokens=cfg.problem_tokens,
                 temperature=cfg.proposer_temperature,
                 forms=[[problem_line(opening, e, cfg)] for e, opening, _ in tries],
@@ -456,26 +457,37 @@ def criterion_fault(criterion: Criterion, problem: str, document: str) -> str | 
     return None
 
 
+LABEL_TOKENS = 28  # labels, name and weight of a criterion
+# What a small model may say of a fact that it quotes; what it writes freely is cut off, or repeats itself.
+DESCRIPTIONS = (
+    "states this fact in its own words.",
+    "explains this fact and its cause.",
+    "tells this with names and numbers.",
+)
+
+
 def rubric_form(llm: LLM, episode: Episode, cfg: "Config") -> list[Field]:
     """The record a rubric writer fills in: two criteria (if so many are allowed), then more if it wants to.
 
-    With --own-words it only chooses which of the document's sentences are the facts, and keeps to the document's words
-    elsewhere: a small model left to itself takes the facts from the answers it is shown.
+    With --own-words it only chooses which of the document's sentences are the facts: a small model left to itself
+    takes them from the answers it is shown.
     """
-    room = (cfg.criterion_tokens - 28) // 2  # labels, name and weight take 28
-    document, quotes, within = episode.document.text, [], ""
+    document, room = episode.document.text, cfg.criterion_tokens - LABEL_TOKENS
+    within, quotes = "", []
     if cfg.own_words:
         asked, within = content_words(episode.problem), f" {document} {COMMON_WORDS}"
-        quotes = [s for s in statements(document) if content_words(s) - asked and len(llm.text_ids(s)) <= room]
+        longest = room - max(len(llm.text_ids(text)) for text in DESCRIPTIONS)
+        quotes = [s for s in statements(document) if content_words(s) - asked and len(llm.text_ids(s)) <= longest]
     form = []
     for k in range(1, cfg.max_criteria + 1):
-        fact = Field(f"{k}. Fact:", room, min_tokens=3, optional=k > 2, distinct=True, within=within)
-        form += [
-            replace(fact, label=fact.label + " ", choices=tuple(quotes)) if quotes else fact,
-            Field("Name:", 6, within=within),
-            Field("Description: The answer states", room, min_tokens=5, within=within),
-            Field("Weight: ", choices=("1", "2", "3", "4", "5")),
-        ]
+        if quotes:
+            fact = Field(f"{k}. Fact: ", choices=tuple(quotes), optional=k > min(2, len(quotes)), distinct=True)
+            description = Field("Description: The answer ", choices=DESCRIPTIONS)
+        else:
+            fact = Field(f"{k}. Fact:", room // 2, min_tokens=3, optional=k > 2, distinct=True, within=within)
+            description = Field("Description: The answer states", room // 2, min_tokens=5, within=within)
+        weight = Field("Weight: ", choices=("1", "2", "3", "4", "5"))
+        form += [fact, Field("Name:", 6, within=within), description, weight]
     return form
 
 
@@ -543,16 +555,13 @@ def read_weight(text: str) -> float | None:
 
 
 def distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
-    """The criteria without those that ask for the same as one before them: same description, or same fact."""
-    kept: list[Criterion] = []
-    descriptions, golds = set(), set()
+    """The criteria without those that ask for the same as one before: the same fact, or quality where there is none."""
+    kept: dict[tuple[str, ...], Criterion] = {}
     for criterion in criteria:
-        description, gold = tuple(words(criterion.description)), tuple(words(criterion.gold))
-        if description not in descriptions and gold not in golds:
-            kept.append(criterion)
-            descriptions.add(description)
-            golds |= {gold} if "applicable" not in gold else set()
-    return kept
+        gold = words(criterion.gold)
+        key = ("quality", *words(criterion.description)) if "applicable" in gold else ("fact", *gold)
+        kept.setdefault(key, criterion)
+    return list(kept.values())
 
 
 # ------------------------------------------------------------------------------------------------------ judge

@@ -282,6 +282,13 @@ def test_verdicts_of_hand_worked_cases(name, bar, rewards, exploitable):
     assert compared["exploitable"] is exploitable
 
 
+def test_what_earns_nothing_is_not_exploitable_however_wide_the_interval():
+    bar = [0.0, 0.9, 0.1]  # the interval of the margin reaches above 0
+    for rewards, exploitable in (([0.0, 0.0, 0.0], False), ([0.0, 0.01, 0.0], True)):
+        compared = heldout.compare({"empty": rewards, "sampled answer": bar}, "empty", "sampled answer")
+        assert compared["margin"]["high"] > 0 and compared["exploitable"] is exploitable
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 12, 16, 17, 40])
 def test_interval_leaves_out_a_twentieth_of_students_t(n):
     values = [random.Random(i).random() for i in range(n)]

@@ -552,8 +552,8 @@ LABEL = re.compile(r"^(?:\d\. )?(\w+):", re.MULTILINE)
         pytest.param(STANDARD + "\n3. Fact: cu", id="last one barely begun"),
         pytest.param(STANDARD + "\n" + STANDARD, id="all said twice"),
         pytest.param(
-            STANDARD + "\nFact: new\nName: New\nDescription: gives THE volume\nWeight: 1",
-            id="same description",
+            STANDARD + "\nFact: **5 Litres.**\nName: New\nDescription: gives something new\nWeight: 1",
+            id="same fact",
         ),
     ],
 )
@@ -561,9 +561,15 @@ def test_a_rubric_is_read_in_many_formats(text):
     assert rubric.parse_rubric(text) == TWO
 
 
-def test_criteria_without_a_fact_are_no_duplicates_of_each_other():
-    two = [replace(c, gold="not applicable") for c in TWO]
+def test_criteria_with_one_description_and_two_facts_are_two():
+    two = [replace(c, description="Names it.") for c in TWO]
     assert rubric.parse_rubric(form(two)) == two
+
+
+def test_criteria_without_a_fact_are_duplicates_by_their_description():
+    two = [replace(c, gold="not applicable") for c in TWO]
+    again = [replace(c, name="New", gold="Not applicable.") for c in two]
+    assert rubric.parse_rubric(form([*two, *again])) == two
 
 
 @pytest.mark.parametrize("missing", STANDARD.splitlines()[:4])

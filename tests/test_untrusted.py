@@ -287,6 +287,8 @@ READERS: dict[str, Callable[[str], object]] = {
     "length_spread": lambda text: rubric.length_spread(text.split("\n"), 3),
     "fill": lambda text: rubric.fill("{text}", text=text),
     "judge_prompt": lambda text: rubric.judge_prompt(text, [criterion(text)], text),
+    "rate_prompt": lambda text: rubric.rate_prompt(text, criterion(text), text),
+    "statements": rubric.statements,
     "keep_criteria": lambda text: rubric.keep_criteria(Episode(Document("otters", OTTERS), PROBLEM), text, 5),
     "neutralise": Speaker(families_tokenizer()).neutralise,
 }
@@ -325,11 +327,15 @@ def test_whole_sentences_are_the_text_up_to_its_last_sentence_end(text):
 
 
 def naive_distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
+    def same(a: Criterion, b: Criterion) -> bool:
+        facts = [rubric.words(c.gold) for c in (a, b)]
+        if all("applicable" in fact for fact in facts):
+            return rubric.words(a.description) == rubric.words(b.description)
+        return facts[0] == facts[1] and not any("applicable" in fact for fact in facts)
+
     kept: list[Criterion] = []
     for c in criteria:
-        w = rubric.words
-        twins = [k for k in kept if w(k.description) == w(c.description) or w(k.gold) == w(c.gold)]
-        if all("applicable" in w(c.gold) and w(k.description) != w(c.description) for k in twins):
+        if not any(same(c, k) for k in kept):
             kept.append(c)
     return kept
 
@@ -639,6 +645,20 @@ def test_of_tries_at_once_the_first_good_pair_is_kept_and_every_reject_counted()
     assert e.problem.endswith(PROBLEM) and e.reference == REFERENCE and e.drop is None
     reasons = [f["reason"] for f in e.failures]
     assert reasons == ["not about the document", "reference too short", "reference too short"]
+
+
+def test_attempts_side_by_side_are_no_more_than_the_tries():
+    asked = []
+
+    class Hopeless(Speaker):
+        def generate(self, prompts, *, desc, n=1, **options):
+            asked.append(n)
+            return [[Completion([7], "penguins swim so far?", True)] * n for _ in prompts]
+
+    rubric.propose(
+        Hopeless(byte_tokenizer()), [Document("otters", OTTERS)], Config(tries=5, tries_at_once=3), random.Random(0)
+    )
+    assert asked == [3, 2]
 
 
 def fill_in(llm: LLM, form: Sequence[Field], n: int, **options) -> list[list[int]]:
