@@ -289,7 +289,7 @@ def free_line(opening: str, max_tokens: int, min_tokens: int, episode: Episode, 
     return Field(opening, max_tokens, min_tokens=min_tokens, within=within)
 
 
-SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+|(?<=[.!?][\"')\]])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[.!?][\"')\]])\s+")
 
 
 def whole_sentences(text: str) -> str:
@@ -503,7 +503,7 @@ def statements(document: str, longest: int = 20) -> list[str]:
         if len(words(sentence)) > longest:
             short = short.rpartition(", ")[0]
         if len(words(short)) >= 5:
-            found.append(short)
+            found.append(short.rstrip(";"))
     return list(dict.fromkeys(found))
 
 
