@@ -30,7 +30,7 @@ import guards
 import rubric
 from data import Corpus, Document
 from model import LLM
-from rubric import Answer, Criterion, Episode, words
+from rubric import Answer, Criterion, Episode, Phase, plainly, words
 
 if TYPE_CHECKING:
     from pop import Config
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------- the held-out set
 
 
-def prepare(llm: LLM, corpus: Corpus, cfg: "Config", run: Path) -> list[Episode]:
+def prepare(llm: LLM, corpus: Corpus, cfg: "Config", run: Path, phase: Phase = plainly) -> list[Episode]:
     """The held-out episodes of a run, dropped ones included: made at its start, then read from `run/heldout.jsonl`."""
     n = max(cfg.audit, cfg.eval_documents if cfg.eval_every else 0)
     path = run / "heldout.jsonl"
     if n and not path.exists():
-        episodes = make(llm, set_aside(corpus, n, cfg), cfg)
+        episodes = make(llm, set_aside(corpus, n, cfg), cfg, phase)
         text = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
         with checkpoint.writing(path, run):
             checkpoint.replace_file(path, text.encode())
@@ -66,14 +66,14 @@ def without(corpus: Corpus, episodes: Sequence[Episode]) -> Iterator[Document]:
     return (document for document in corpus if document.text not in held_out)
 
 
-def make(llm: LLM, documents: Sequence[Document], cfg: "Config") -> list[Episode]:
+def make(llm: LLM, documents: Sequence[Document], cfg: "Config", phase: Phase = plainly) -> list[Episode]:
     """A problem, a reference and a rubric by the base model from each document; no answers. Some may be dropped."""
     cfg = replace(cfg, roles="base", group_size=max(2, cfg.rubric_answers))  # as many answers as the writer looks at
     with own_randomness(cfg.seed):
-        episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
+        episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, random.Random(cfg.seed)))
         with llm.adapters_off():
-            rubric.solve(llm, usable(episodes), cfg)
-        rubric.write_rubrics(llm, usable(episodes), cfg)
+            phase("solve", lambda: rubric.solve(llm, usable(episodes), cfg), episodes)
+        phase("rubric", lambda: rubric.write_rubrics(llm, usable(episodes), cfg), episodes)
     return [replace(e, answers=[]) for e in episodes]
 
 
@@ -178,19 +178,19 @@ PROBES = [
 # -------------------------------------------------------------------------------------------------- the audit
 
 
-def audit(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> dict[str, Any]:
+def audit(llm: LLM, episodes: Sequence[Episode], cfg: "Config", phase: Phase = plainly) -> dict[str, Any]:
     """The reward of each probe without and with the guards of `cfg`, over two usable episodes or more.
 
     A worthless probe counts as exploitable unless it earns nothing, or the 95% interval of its margin to the sampled
     answers of the same problems is all below 0: that margin is its advantage in a group of honest answers.
     Padding or reversing a reference counts as exploitable if its margin to the reference is all above 0.
     """
-    answer(llm, episodes, cfg, cfg.group_size)
+    answer(llm, episodes, cfg, cfg.group_size, phase)
     sampled = [len(e.answers) for e in episodes]
     for e, other in zip(episodes, [*episodes[1:], *episodes[:1]], strict=True):
         texts = [probe.write(e, other, cfg) for probe in PROBES]
         e.answers += [Answer(text, [*llm.text_ids(text), llm.eos_ids[0]]) for text in texts]
-    judge(llm, episodes, cfg)
+    judge(llm, episodes, cfg, phase)
     probed = {"sampled answer": [e.answers[:n] for e, n in zip(episodes, sampled, strict=True)]} | {
         probe.name: [[e.answers[n + k]] for e, n in zip(episodes, sampled, strict=True)]
         for k, probe in enumerate(PROBES)
@@ -280,7 +280,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def audit_before_training(llm: LLM, episodes: Sequence[Episode], cfg: "Config", run: Path) -> None:
+def audit_before_training(
+    llm: LLM, episodes: Sequence[Episode], cfg: "Config", run: Path, phase: Phase = plainly
+) -> None:
     """A short audit, once in a run: the table, a warning for each exploitable probe, and `run/audit.json`."""
     if (run / "audit.json").exists():
         return
@@ -288,7 +290,7 @@ def audit_before_training(llm: LLM, episodes: Sequence[Episode], cfg: "Config", 
     if len(episodes) < 2:
         tqdm.write(f"WARNING: no audit of the reward: {len(episodes)} of the held-out documents gave a rubric, need 2")
         return
-    result = audit(llm, episodes, cfg)
+    result = audit(llm, episodes, cfg, phase)
     checkpoint.write_json(run / "audit.json", run, result)
     tqdm.write(f"audit of the reward on {len(episodes)} held-out documents ({cfg.judge} judge)\n{table(result)}")
     for warning in warnings(result):
@@ -311,16 +313,16 @@ METRICS = ("heldout_reward", "heldout_length", "heldout_similarity")
 ANSWERS = 2  # to each held-out problem, at each evaluation
 
 
-def answer(llm: LLM, episodes: Sequence[Episode], cfg: "Config", n: int) -> None:
+def answer(llm: LLM, episodes: Sequence[Episode], cfg: "Config", n: int, phase: Phase) -> None:
     """n answers by the current policy, always from the same seed: evaluations differ by the policy alone."""
     with own_randomness(cfg.seed):
-        rubric.solve(llm, episodes, replace(cfg, group_size=n))
+        phase("solve", lambda: rubric.solve(llm, episodes, replace(cfg, group_size=n)), episodes)
 
 
-def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
+def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config", phase: Phase) -> None:
     """Grades and rewards by the base model; both None where no rating could be read."""
     with own_randomness(cfg.seed):
-        rubric.judge(llm, episodes, replace(cfg, roles="base"))
+        phase("judge", lambda: rubric.judge(llm, episodes, replace(cfg, roles="base")), episodes)
     for e in episodes:
         for a in e.answers:
             guards.reward(a, e, cfg)
@@ -331,7 +333,13 @@ def due(step: int, cfg: "Config") -> bool:
 
 
 def watch(
-    llm: LLM, episodes: Sequence[Episode], cfg: "Config", run: Path, step: int, progress: dict[str, Any]
+    llm: LLM,
+    episodes: Sequence[Episode],
+    cfg: "Config",
+    run: Path,
+    step: int,
+    progress: dict[str, Any],
+    phase: Phase = plainly,
 ) -> dict[str, float | None]:
     """The current policy on the held-out problems: reward, length in tokens, and likeness to the references.
 
@@ -342,8 +350,8 @@ def watch(
     if not episodes:
         tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
         return dict.fromkeys(METRICS)
-    answer(llm, episodes, cfg, ANSWERS)
-    judge(llm, episodes, cfg)
+    answer(llm, episodes, cfg, ANSWERS, phase)
+    judge(llm, episodes, cfg, phase)
     reward = mean([a.reward for e in episodes for a in e.answers])
     length = statistics.fmean(len(a.ids) for e in episodes for a in e.answers)
     alike = similarities([(a.text, e.reference) for e in episodes for a in e.answers])

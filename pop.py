@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -33,7 +33,7 @@ from checkpoint import State
 from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
 from faults import Interrupted, Signals, within_memory
 from model import LLM, batches, load
-from rubric import Episode
+from rubric import Episode, Phase, plainly
 
 T = TypeVar("T")
 
@@ -252,16 +252,6 @@ def pick_preset() -> tuple[str, str]:
 
 
 # ------------------------------------------------------------------------------------------ the self-play step
-
-
-class Phase(Protocol):
-    """Runs one phase of the self-play on the episodes it is about to change."""
-
-    def __call__(self, name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T: ...
-
-
-def plainly(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
-    return work()
 
 
 def play(
@@ -517,18 +507,21 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
         yield
         seconds[phase] += time.perf_counter() - start
 
+    def safely(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
+        return faults.rollout(llm, name, work, rng, progress["budgets"], episodes)
+
     def phase(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
         with timed(name):
-            return faults.rollout(llm, name, work, rng, progress["budgets"], episodes)
+            return safely(name, work, episodes)
 
     with Signals() as signals:
         try:
             faults.try_longest(llm, cfg, progress["budgets"])
-            watched = heldout.prepare(llm, corpus, cfg, run)
+            watched = heldout.prepare(llm, corpus, cfg, run, safely)
             if cfg.audit:
-                heldout.audit_before_training(llm, watched, cfg, run)
+                heldout.audit_before_training(llm, watched, cfg, run, safely)
             if cfg.eval_every and not progress["step"]:
-                before = heldout.watch(llm, watched, cfg, run, 0, progress)
+                before = heldout.watch(llm, watched, cfg, run, 0, progress, safely)
                 tqdm.write("held-out before training: " + heldout.one_line(before))
             documents = faults.documents_from(corpus, progress["documents"], progress["document"], watched)
             for step in range(progress["step"] + 1, cfg.steps + 1):
@@ -549,7 +542,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                     evaluated: dict[str, float | None] = {}
                     if heldout.due(step, cfg):
                         with timed("heldout"):
-                            evaluated = heldout.watch(llm, watched, cfg, run, step, progress)
+                            evaluated = heldout.watch(llm, watched, cfg, run, step, progress, safely)
                     stalled = heldout.stalled(progress, cfg)
                     metrics = measure(step, episodes, trained, seconds, corpus, evaluated)
                     metrics |= {"yields": faults.yields(episodes), "token_budgets": progress["budgets"]}

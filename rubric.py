@@ -14,9 +14,9 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from model import LLM, Field
 
 if TYPE_CHECKING:
     from pop import Config
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------- records
 
@@ -69,6 +71,16 @@ class Episode:
 
     def reject(self, role: str, reason: str, raw: str) -> None:
         self.failures.append({"role": role, "reason": reason, "raw": raw})
+
+
+class Phase(Protocol):
+    """Runs one phase of the self-play, say again where memory ran out, on the episodes it is about to change."""
+
+    def __call__(self, name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T: ...
+
+
+def plainly(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
+    return work()
 
 
 # ---------------------------------------------------------------------------------------------------- prompts

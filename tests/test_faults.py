@@ -117,6 +117,15 @@ def test_out_of_memory_in_a_phase_halves_its_budget_and_the_run_goes_on(
         assert len(e["answers"]) <= 2 and len(e["rubric"]) <= 2
 
 
+def test_the_held_out_set_the_audit_and_the_watch_go_on_where_memory_runs_out(played, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(faults, "try_longest", lambda *_: None)
+    tried = fails_above(monkeypatch, pop.LLM, "_prefill", 2, lambda llm, *_: llm.batch[0])
+    assert pop.main(played(judge="generate", audit=2, eval_every=1, eval_documents=2, steps=1)) == 0
+    assert max(tried) > 2 and "out of memory in judge" in capsys.readouterr().out
+    assert (tmp_path / "run" / "audit.json").exists()
+    assert metrics(tmp_path)[0]["heldout_length"] is not None
+
+
 def test_a_retried_phase_writes_what_a_small_budget_from_the_start_writes(llm):
     """Same random states, same records: the failed try leaves no trace."""
     cfg = replace(pop.Config(), max_new_tokens=8, group_size=4)
