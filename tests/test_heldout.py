@@ -132,6 +132,32 @@ def test_set_audit_and_watch_leave_every_rng_as_it_was(open_gates, corpus, llm, 
     assert (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())) == before
 
 
+def test_all_that_the_model_does_here_is_done_in_phases(open_gates, corpus, llm, tmp_path, monkeypatch):
+    """A phase is what is tried again where memory runs out."""
+    active, done = [], []
+
+    def phase(name, work, episodes=()):
+        active.append(name)
+        done.append(name)
+        result = work()
+        active.pop()
+        return result
+
+    def only_within(name, real):
+        def checked(*args, **options):
+            assert active, f"{name} outside of a phase"
+            return real(*args, **options)
+
+        return checked
+
+    for name in ("generate", "choice_probs"):
+        monkeypatch.setattr(llm, name, only_within(name, getattr(llm, name)))
+    episodes = heldout.prepare(llm, corpus, CFG, tmp_path, phase)
+    heldout.audit_before_training(llm, episodes, CFG, tmp_path, phase)
+    heldout.watch(llm, episodes, CFG, tmp_path, 1, {}, phase)
+    assert done == ["propose", "solve", "rubric", "solve", "judge", "solve", "judge"]
+
+
 # ------------------------------------------------------------------------------------------------- the probes
 
 
