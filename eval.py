@@ -25,7 +25,7 @@ def audit(args: argparse.Namespace) -> None:
         cfg.model, load_in=cfg.load_in, seed=cfg.seed, token_budget=cfg.rollout_tokens, dequantize=cfg.dequantize
     )
     episodes = heldout.make(llm, documents, cfg)
-    kept = heldout.usable(episodes)
+    kept = heldout.alive(episodes)
     print(f"{cfg.model}, {cfg.judge} judge: {len(kept)} problems with rubrics, from {len(episodes)} documents")
     if len(kept) < 2:
         reasons = ", ".join(e.drop for e in episodes if e.drop) or "the corpus has too few"

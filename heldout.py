@@ -30,7 +30,7 @@ import guards
 import rubric
 from data import Corpus, Document
 from model import LLM
-from rubric import Answer, Criterion, Episode, Phase, plainly, words
+from rubric import Answer, Criterion, Episode, Phase, alive, plainly, words
 
 if TYPE_CHECKING:
     from pop import Config
@@ -47,7 +47,7 @@ def prepare(llm: LLM, corpus: Corpus, cfg: "Config", run: Path, phase: Phase = p
         text = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
         with checkpoint.writing(path, run):
             checkpoint.replace_file(path, text.encode())
-        tqdm.write(f"held out: {len(usable(episodes))} problems with rubrics, from {len(episodes)} documents")
+        tqdm.write(f"held out: {len(alive(episodes))} problems with rubrics, from {len(episodes)} documents")
     return read(path) if n else []
 
 
@@ -72,13 +72,9 @@ def make(llm: LLM, documents: Sequence[Document], cfg: "Config", phase: Phase = 
     with own_randomness(cfg.seed):
         episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, random.Random(cfg.seed)))
         with llm.adapters_off():
-            phase("solve", lambda: rubric.solve(llm, usable(episodes), cfg), episodes)
-        phase("rubric", lambda: rubric.write_rubrics(llm, usable(episodes), cfg), episodes)
+            phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
+        phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
     return [replace(e, answers=[]) for e in episodes]
-
-
-def usable(episodes: Sequence[Episode]) -> list[Episode]:
-    return [e for e in episodes if e.drop is None]
 
 
 def read(path: Path) -> list[Episode]:
@@ -286,7 +282,7 @@ def audit_before_training(
     """A short audit, once in a run: the table, a warning for each exploitable probe, and `run/audit.json`."""
     if (run / "audit.json").exists():
         return
-    episodes = usable(episodes)[: cfg.audit]
+    episodes = alive(episodes)[: cfg.audit]
     if len(episodes) < 2:
         tqdm.write(f"WARNING: no audit of the reward: {len(episodes)} of the held-out documents gave a rubric, need 2")
         return
@@ -346,7 +342,7 @@ def watch(
     The best adapter so far is kept in `run/best`; the score it had, its step and the evaluations since then in
     `progress["heldout"]`, which a checkpoint is to save. Nothing else outlives an evaluation.
     """
-    episodes = usable(episodes)[: cfg.eval_documents]
+    episodes = alive(episodes)[: cfg.eval_documents]
     if not episodes:
         tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
         return dict.fromkeys(METRICS)

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,13 +31,13 @@ from transformers import (
     BitsAndBytesConfig,
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from data import UserError
+from forms import Field, FormFiller
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,24 +59,6 @@ class Completion:
     ids: list[int]
     text: str
     finished: bool  # False: cut off at max_new_tokens
-
-
-@dataclass(frozen=True)
-class Field:
-    """One line of a form: the label is given, the value is the model's, up to the end of the line.
-
-    `choices`: the value is one of these strings, of any length. `optional`: the model may end the form instead.
-    `min_tokens`: the line does not end before so many. `distinct`: the value is another choice than the form's
-    earlier distinct values, or begins with another token. `within`: the value is written with this text's tokens alone.
-    """
-
-    label: str
-    max_tokens: int = 40
-    choices: tuple[str, ...] = ()
-    optional: bool = False
-    min_tokens: int = 1
-    distinct: bool = False
-    within: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -664,89 +646,3 @@ class _Progress(StoppingCriteria):
         self.counted += self.rows
         self.bar.update(self.rows)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class FormFiller(LogitsProcessor):
-    """Makes each row fill in its form: labels are forced, values are the model's own.
-
-    Small models lose any format they are merely asked for; here a finished record is the only thing they can write.
-    """
-
-    def __init__(self, llm: LLM, forms: Sequence[Sequence[Field]]) -> None:
-        vocabulary = llm.tokenizer.convert_ids_to_tokens(range(len(llm.tokenizer)))
-        self.line_ends = {i for i, t in enumerate(vocabulary) if t and ("\n" in t or "Ċ" in t or t == "<0x0A>")}
-        blank = {i for i, t in enumerate(vocabulary) if t and not t.strip(" \t\r▁Ġĉč")}
-        self.not_first = self.line_ends | blank  # a value does not begin with these
-        self.newline = llm.text_ids("\n")[-1]
-        self.special = sorted({*llm.eos_ids, *llm.tokenizer.all_special_ids})
-        self.eos = llm.eos_ids[0]
-        self.rows = [_fill(self, llm, form) for form in forms]
-        self.wanted = [next(row) for row in self.rows]
-        self.started = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.started:
-            for i, token in enumerate(input_ids[:, -1].tolist()):
-                try:
-                    self.wanted[i] = self.rows[i].send(token)
-                except StopIteration:  # the form is full
-                    self.wanted[i] = [self.eos]
-        self.started = True
-        scores = scores.clone()
-        for i, wanted in enumerate(self.wanted):
-            if isinstance(wanted, list):  # one of these, even if all of them are banned (a label, a value of `within`)
-                kept = scores[i, wanted].clone()
-                scores[i] = -torch.inf
-                scores[i, wanted] = kept if kept.isfinite().any() else 0.0
-            else:  # free text without these; an end token means the end of the line
-                scores[i, self.newline] = torch.maximum(scores[i, self.newline], scores[i, self.eos])
-                scores[i, self.special] = -torch.inf
-                scores[i, list(wanted)] = -torch.inf
-        return scores
-
-
-def _fill(filler: FormFiller, llm: LLM, form: Sequence[Field]) -> Generator[list[int] | set[int], int, None]:
-    """One row's form as a coroutine: yields what must come next (a list) or must not (a set), is sent what came."""
-    begun: set[int] = set()  # first tokens of the distinct values so far
-    taken: list[list[int]] = []  # those that were choices
-    for number, line in enumerate(form):
-        if line.choices:
-            label, choices = llm.continuations(line.label, line.choices)
-        else:
-            label, choices = llm.text_ids(line.label), []
-        for position, token in enumerate(label):
-            may_end = position == 0 and line.optional
-            came = yield [token, filler.eos] if may_end else [token]
-            if came == filler.eos:
-                return
-        if choices:
-            if line.distinct:
-                choices = [ids for ids in choices if ids not in taken] or choices
-            came, chosen = yield from _choose(choices, filler.newline)
-            taken.append(chosen)
-        own = {*llm.text_ids(line.within), filler.newline} - set(filler.special) if line.within else set()
-        for count in range(line.max_tokens if not choices else 0):
-            avoid = filler.line_ends if count < line.min_tokens else set()
-            if count == 0:
-                avoid = filler.not_first | (begun if line.distinct else set())
-            came = yield sorted(own - avoid) or avoid  # a text may have no token left to write
-            if count == 0 and line.distinct:
-                begun.add(came)
-            if came in filler.line_ends:
-                break
-        if came not in filler.line_ends and number < len(form) - 1:
-            yield [filler.newline]
-
-
-def _choose(choices: Sequence[list[int]], newline: int) -> Generator[list[int] | set[int], int, tuple[int, list[int]]]:
-    """Let one of several strings of ids be written, token by token: (the last token that came, the string)."""
-    came = newline
-    written: list[int] = []
-    while following := {ids[len(written)] for ids in choices if len(ids) > len(written)}:
-        may_end = written in choices  # the beginning of a longer one
-        came = yield sorted(following | ({newline} if may_end else set()))
-        if may_end and came == newline:
-            break
-        choices = [ids for ids in choices if ids[len(written) : len(written) + 1] == [came]]
-        written = [*written, came]
-    return came, written

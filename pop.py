@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,11 +29,12 @@ import faults
 import guards
 import heldout
 import rubric
+import runlog
 from checkpoint import State
 from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
 from faults import Interrupted, Signals, within_memory
 from model import LLM, batches, load
-from rubric import Episode, Phase, plainly
+from rubric import Episode, Phase, alive, plainly
 
 T = TypeVar("T")
 
@@ -264,10 +265,6 @@ def play(
     phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
     grade(alive(episodes), cfg)
     return episodes
-
-
-def alive(episodes: Sequence[Episode]) -> list[Episode]:
-    return [e for e in episodes if e.drop is None]
 
 
 def grade(episodes: Sequence[Episode], cfg: Config) -> None:
@@ -544,22 +541,22 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                         with timed("heldout"):
                             evaluated = heldout.watch(llm, watched, cfg, run, step, progress, safely)
                     stalled = heldout.stalled(progress, cfg)
-                    metrics = measure(step, episodes, trained, seconds, corpus, evaluated)
+                    metrics = runlog.metrics(step, episodes, trained, seconds, corpus, evaluated)
                     metrics |= {"yields": faults.yields(episodes), "token_budgets": progress["budgets"]}
-                    append(run / "metrics.jsonl", metrics)
+                    runlog.append(run / "metrics.jsonl", metrics)
                     for e in episodes:
-                        append(run / "episodes.jsonl", {"step": step, **asdict(e)})
+                        runlog.append(run / "episodes.jsonl", {"step": step, **asdict(e)})
                     finished = checkpoint.rng_states(rng)
                     if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
                         checkpoint.save(run, state, cfg.keep)
-                    tqdm.write(one_line(metrics, cfg))
+                    tqdm.write(runlog.one_line(metrics, cfg))
                     if step == 1:
                         tqdm.write(
                             "  (the loss stays near 0: on-policy, advantages cancel within a group. "
                             "Watch reward, length, kl.)"
                         )
                     if step % cfg.show_every == 0 or step in (1, cfg.steps):
-                        tqdm.write(example(episodes))
+                        tqdm.write(runlog.example(episodes))
                     if trouble:
                         raise UserError(f"stopped after step {step}, which is saved in {run}: {trouble}")
                     if stalled:
@@ -571,91 +568,6 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             checkpoint.set_rng_states(rng, finished)
             checkpoint.save(run, state, cfg.keep)
             raise
-
-
-TRAINED = ("loss", "kl", "entropy", "clipped", "grad_norm", "lr", "trained_tokens", "skipped_updates")
-
-
-def measure(
-    step: int,
-    episodes: Sequence[Episode],
-    trained: dict[str, float | None],
-    seconds: dict[str, float],
-    corpus: Corpus,
-    evaluated: dict[str, float | None],
-) -> dict[str, Any]:
-    """One line of metrics.jsonl. Rewards are over graded answers; a value that does not exist is null."""
-    graded = [e for e in episodes if e.answers and e.answers[0].reward is not None]
-    answers = [a for e in graded for a in e.answers]
-    rewards = [a.reward or 0.0 for a in answers]
-    zero = sum(e.drop == "group/zero spread" for e in graded)
-    sampled = [a for e in episodes for a in e.answers]
-    return {
-        "step": step,
-        "reward_mean": statistics.fmean(rewards) if rewards else None,
-        "reward_std": statistics.pstdev(rewards) if rewards else None,
-        "reward_spread": statistics.fmean(group_stds) if (group_stds := [group_std(e) for e in graded]) else None,
-        "grade_mean": statistics.fmean(a.grade or 0.0 for a in answers) if answers else None,
-        "zero_spread_share": zero / len(graded) if graded else None,
-        "groups_trained": len(alive(episodes)),
-        "drops": Counter(e.drop for e in episodes if e.drop),
-        "rejected": Counter(f"{f['role']}/{f['reason']}" for e in episodes for f in e.failures),
-        "documents_skipped": corpus.skipped,
-        "completion_length": statistics.fmean(len(a.ids) for a in sampled) if sampled else None,
-        "truncated_share": statistics.fmean(not a.finished for a in sampled) if sampled else None,
-        "criteria": statistics.fmean(len(e.rubric) for e in graded) if graded else None,
-        "guards": {name: sum(name in a.guards for a in answers) for name in guards.NAMES},
-        **{name: evaluated.get(name) for name in heldout.METRICS},
-        **{name: trained.get(name) for name in TRAINED},
-        "solve_tokens_per_second": sum(len(a.ids) for a in sampled) / seconds["solve"] if sampled else None,
-        "seconds": dict(seconds),
-    }
-
-
-def group_std(episode: Episode) -> float:
-    return statistics.pstdev([a.reward or 0.0 for a in episode.answers])
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    with checkpoint.writing(path, path.parent), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def one_line(m: dict[str, Any], cfg: Config) -> str:
-    def show(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    seconds = " ".join(f"{phase} {s:.0f}s" for phase, s in m["seconds"].items())
-    drops = ", ".join(f"{count}x {drop}" for drop, count in m["drops"].items())
-    return (
-        f"step {m['step']}/{cfg.steps}  reward {show(m['reward_mean'], '.3f')} ±{show(m['reward_spread'], '.3f')}  "
-        f"groups {m['groups_trained']}/{cfg.documents}  length {show(m['completion_length'], '.0f')}  "
-        f"truncated {show(m['truncated_share'], '.0%')}  entropy {show(m['entropy'], '.2f')}  "
-        f"kl {show(m['kl'], '.1e')}  grad {show(m['grad_norm'], '.2g')}  | {seconds}"
-        + (f"  | held-out: {heldout.one_line(m)}" if m["heldout_reward"] is not None else "")
-        + (f"  | dropped: {drops}" if drops else "")
-    )
-
-
-def example(episodes: Sequence[Episode]) -> str:
-    """One group as a person would want to read it: document, problem, rubric, best and worst answer."""
-    episode = next(iter(sorted(alive(episodes), key=group_std, reverse=True)), None)
-    if episode is None:
-        return "  (no group to show)"
-
-    def short(text: str, limit: int = 300) -> str:
-        text = " ".join(text.split())
-        return text if len(text) <= limit else text[:limit] + " ..."
-
-    lines = [f"document   {episode.document.id}: {short(episode.document.text)}"]
-    lines += [f"problem    {short(episode.problem)}", f"reference  {short(episode.reference)}"]
-    for c in episode.rubric:
-        lines.append(f"criterion  [{c.weight:g}] {c.name}: {short(c.description)} (gold: {short(c.gold)})")
-    ordered = sorted(episode.answers, key=lambda a: a.reward or 0.0)
-    for label, a in (("best", ordered[-1]), ("worst", ordered[0])):
-        ratings = " ".join(f"{r:.2f}" for r in a.ratings or [])
-        lines.append(f"{label:10} reward {a.reward:.3f}, ratings {ratings}: {short(a.text)}")
-    return "\n".join("    " + line for line in lines)
 
 
 def run_folder(cfg: Config) -> Path:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 
 from data import Document
-from model import LLM, Field
+from forms import Field
+from model import LLM
 
 if TYPE_CHECKING:
     from pop import Config
@@ -71,6 +72,10 @@ class Episode:
 
     def reject(self, role: str, reason: str, raw: str) -> None:
         self.failures.append({"role": role, "reason": reason, "raw": raw})
+
+
+def alive(episodes: Sequence[Episode]) -> list[Episode]:
+    return [e for e in episodes if e.drop is None]
 
 
 class Phase(Protocol):

@@ -20,6 +20,7 @@ from test_pop import group
 import checkpoint
 import faults
 import pop
+import runlog
 from data import Document, UserError
 from rubric import Answer, Criterion, Episode
 
@@ -363,7 +364,7 @@ def test_the_systems_own_refusal_to_write_a_tensor_file_is_a_clear_error(tmp_pat
 
 def test_a_log_that_cannot_be_written_is_a_clear_error():
     with pytest.raises(UserError, match=r"cannot write /dev/full: No space left"):
-        pop.append(pop.Path("/dev/full"), {"a": 1})
+        runlog.append(pop.Path("/dev/full"), {"a": 1})
 
 
 # --------------------------------------------------------------------------------------------------------- roles

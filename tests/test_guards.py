@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import guards
 import pop
+import runlog
 from data import Document
 from pop import Config
 from rubric import Answer, Criterion, Episode
@@ -176,7 +177,7 @@ def test_counts_of_each_guard_go_into_the_metrics():
     episode = Episode(Document("d", ""), PROBLEM, "r", answers, [Criterion("n", "g", "d", 1.0)])
     pop.grade([episode], CFG)
     corpus = pop.Corpus("samples")
-    counted = pop.measure(1, [episode], {}, {"solve": 1.0}, corpus, {})["guards"]
+    counted = runlog.metrics(1, [episode], {}, {"solve": 1.0}, corpus, {})["guards"]
     assert counted == {"judge_addressing": 1, "too_little_content": 1, "copies_problem": 0, "length": 1}
 
 

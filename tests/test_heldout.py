@@ -113,7 +113,7 @@ def test_the_set_is_written_once_and_read_back_the_same(open_gates, corpus, llm,
 
 def test_dropped_documents_stay_set_aside(corpus, llm, tmp_path):
     episodes = heldout.prepare(llm, corpus, CFG, tmp_path)  # the gates are shut: noise gives no problem
-    assert len(episodes) == 4 and heldout.usable(episodes) == []
+    assert len(episodes) == 4 and heldout.alive(episodes) == []
     assert len({d.id for d in islice(heldout.without(corpus, episodes), 12)}) == 6
 
 

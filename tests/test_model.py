@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from data import UserError
-from model import LLM, Completion, Field, batches, load, resolve
+from forms import Field
+from model import LLM, Completion, batches, load, resolve
 
 END, START, STOP = 256, 257, 258  # ids of the byte tokenizer's <|end|>, <|start|>, <|stop|>
 NEWLINE = byte_tokenizer()("\n").input_ids[0]

@@ -28,8 +28,9 @@ from transformers import AutoTokenizer
 import model
 import rubric
 from data import Corpus, Document, UserError
+from forms import Field
 from guards import length_factor
-from model import LLM, Completion, Field
+from model import LLM, Completion
 from pop import Config, parse_args
 from rubric import Answer, Criterion, Episode
 
