@@ -22,9 +22,8 @@ from data import SAMPLES, Corpus, Document, UserError
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
-CFG = Config(
-    **{**pop.PRESETS["demo"], "max_new_tokens": 16, "group_size": 2, "problem_tokens": 16, "reference_tokens": 16}
-)
+SHORT = dict(max_new_tokens=16, group_size=2, problem_tokens=16, reference_tokens=16, audit=4, eval_documents=4)
+CFG = Config(**{**pop.PRESETS["demo"], **SHORT})
 RUBRIC = [
     Criterion("Yeast", "wild yeast", "The answer states what lives in it.", 3.0),
     Criterion("Time", "h", "d", 1.0),
