@@ -86,7 +86,7 @@ def _fill(filler: FormFiller, llm: "LLM", form: Sequence[Field]) -> Generator[li
             if line.distinct:
                 choices = [ids for ids in choices if ids not in taken] or choices
             came, chosen = yield from _choose(choices, filler.newline)
-            taken.append(chosen)
+            taken += [chosen] if line.distinct else []
         own = {*llm.text_ids(line.within), filler.newline} - set(filler.special) if line.within else set()
         for count in range(line.max_tokens if not choices else 0):
             avoid = filler.line_ends if count < line.min_tokens else set()
