@@ -34,8 +34,6 @@ CARDS = {16: 13, 24: 20, 32: 27, 48: 44, 80: 74}  # GB of a card -> GiB to use; 
 # Lengths in tokens, at most.
 TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
 INSTRUCTIONS = 250  # a role's own prompt and the chat template
-CRITERION = 96  # the room rubric.py gives to write one, and what it takes in the judge's prompt with its rating
-RATING = 60  # the room rubric.py gives to a thought and a rating
 
 
 @dataclass(frozen=True)

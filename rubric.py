@@ -79,7 +79,10 @@ def alive(episodes: Sequence[Episode]) -> list[Episode]:
 
 
 class Phase(Protocol):
-    """Runs one phase of the self-play, say again where memory ran out, on the episodes it is about to change."""
+    """Does the work of one phase (propose, solve, rubric, judge), in which the given episodes may change.
+
+    faults.rollout, for one, does it again where memory ran out.
+    """
 
     def __call__(self, name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T: ...
 
@@ -228,14 +231,14 @@ def role(llm: LLM, cfg: "Config") -> contextlib.AbstractContextManager[None]:
 def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.Random) -> list[Episode]:
     """A problem and a reference answer from each document: the first of up to cfg.tries attempts that passes."""
     episodes = [Episode(document) for document in documents]
+    openings = OPENINGS[cfg.task]
+    if cfg.own_words:  # a small model that may quote loses the thread without
+        openings = [pair for pair in openings if pair[0].endswith(":")] or openings
     for tried in range(0, cfg.tries, cfg.tries_at_once):
         n = min(cfg.tries_at_once, cfg.tries - tried)
         todo = [e for e in episodes if not e.reference]
         if not todo:
             break
-        openings = OPENINGS[cfg.task]
-        if cfg.own_words:  # a small model that may quote loses the thread without
-            openings = [pair for pair in openings if pair[0].endswith(":")] or openings
         tries = [(e, *rng.choice(openings)) for e in todo for _ in range(n)]
         with role(llm, cfg):
             outputs = llm.generate(
@@ -301,9 +304,13 @@ def problem_line(opening: str, episode: Episode, cfg: "Config") -> Field:
 
 
 def free_line(opening: str, max_tokens: int, min_tokens: int, episode: Episode, cfg: "Config") -> Field:
-    """A line that goes on from its opening; with --own-words in the document's words and the commonest English ones."""
-    within = f" {episode.document.text} {COMMON_WORDS}" if cfg.own_words else ""
-    return Field(opening, max_tokens, min_tokens=min_tokens, within=within)
+    """A line that goes on from its opening."""
+    return Field(opening, max_tokens, min_tokens=min_tokens, within=vocabulary(episode, cfg))
+
+
+def vocabulary(episode: Episode, cfg: "Config") -> str:
+    """With --own-words the document's words and the commonest English ones, else "": anything may be written."""
+    return f" {episode.document.text} {COMMON_WORDS}" if cfg.own_words else ""
 
 
 SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[.!?][\"')\]])\s+")
@@ -489,12 +496,11 @@ def rubric_form(llm: LLM, episode: Episode, cfg: "Config") -> list[Field]:
     With --own-words it only chooses which of the document's sentences are the facts: a small model left to itself
     takes them from the answers it is shown.
     """
-    document, room = episode.document.text, cfg.criterion_tokens - LABEL_TOKENS
-    within, quotes = "", []
-    if cfg.own_words:
-        asked, within = content_words(episode.problem), f" {document} {COMMON_WORDS}"
-        longest = room - max(len(llm.text_ids(text)) for text in DESCRIPTIONS)
-        quotes = [s for s in statements(document) if content_words(s) - asked and len(llm.text_ids(s)) <= longest]
+    within, room = vocabulary(episode, cfg), cfg.criterion_tokens - LABEL_TOKENS
+    quotes = statements(episode.document.text) if cfg.own_words else []
+    if quotes:
+        asked, longest = content_words(episode.problem), room - max(len(llm.text_ids(text)) for text in DESCRIPTIONS)
+        quotes = [s for s in quotes if content_words(s) - asked and len(llm.text_ids(s)) <= longest]
     form = []
     for k in range(1, cfg.max_criteria + 1):
         if quotes:
@@ -589,16 +595,16 @@ RATING_TOKENS = 80  # room for one thought and rating, labels included
 
 def judge_prompt(problem: str, rubric: Sequence[Criterion], answer: str) -> str:
     """What the judge sees: never the document, never the reference."""
-    criteria = "\n".join(f"{k}. {shown(c)}" for k, c in enumerate(rubric, 1))
+    criteria = "\n".join(f"{k}. {criterion_line(c)}" for k, c in enumerate(rubric, 1))
     return fill(JUDGE, problem=problem, answer=answer, criteria=criteria)
 
 
 def rate_prompt(problem: str, criterion: Criterion, answer: str) -> str:
     """What the judge sees in logits mode: the same, with one criterion; its reply begins with the rating."""
-    return fill(RATE, problem=problem, answer=answer, criterion=shown(criterion))
+    return fill(RATE, problem=problem, answer=answer, criterion=criterion_line(criterion))
 
 
-def shown(criterion: Criterion) -> str:
+def criterion_line(criterion: Criterion) -> str:
     return CRITERION.format(name=criterion.name, description=criterion.description, gold=criterion.gold)
 
 
