@@ -47,6 +47,11 @@ class FormFiller(LogitsProcessor):
         self.wanted = [next(row) for row in self.rows]
         self.started = False
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.rows = [self.rows[i] for i in rows]
+        self.wanted = [self.wanted[i] for i in rows]
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.started:
             for i, token in enumerate(input_ids[:, -1].tolist()):

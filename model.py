@@ -5,6 +5,7 @@ N completion tokens of a whole batch, D hidden size, V vocabulary.
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -13,7 +14,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,14 +30,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
+import fast
 from data import UserError
+from fast import batches, positions
 from forms import Field, FormFiller
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
 
 # One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again.
 LOGITS_CHUNK_BYTES = 256 * 2**20
+
+# Tokens of a batch that is only read: more at once are no faster, and keep a larger cache.
+READ_TOKENS = 8_192
 
 
 @dataclass(frozen=True)
@@ -220,10 +225,11 @@ class LLM:
     tokenizer: Any
     dtype: torch.dtype = torch.float32
     token_budget: int = 32_768
-    dequantize: bool = False  # generate from dequantized weights: faster, at 2 or 4 bytes a weight
+    dequantize: bool = False  # read and write with weights out of 4 bits: faster, at 2 or 4 bytes a weight
     batch: tuple[int, int] = (0, 0)  # rows and longest row of the last batch begun: what did not fit, if memory ran out
     eos_ids: list[int] = field(init=False)
     pad_id: int = field(init=False)
+    unpacked: tuple[Any, dict[Any, Any]] | None = field(init=False, default=None)  # see held()
 
     def __post_init__(self) -> None:
         base: Any = self.model.get_base_model()
@@ -242,6 +248,8 @@ class LLM:
             # scales and a product without a backward: every later gradient would silently be wrong.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+        for layer in fast.lora_layers(self.model):
+            layer.forward = functools.partial(fast.lora_forward, layer)
         base.activation_checkpointing_enable()  # has an effect in training mode only
         self.model.eval()
         self._check_head()
@@ -251,9 +259,15 @@ class LLM:
         return self.model.device
 
     @property
+    def layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
     def context(self) -> int:
         """The longest sequence the model takes, in tokens."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)  # within it, attention to a window is attention to all
+        return min(getattr(config, "max_position_embeddings", None) or 2**31, window or 2**31)
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -264,6 +278,7 @@ class LLM:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Inside, activations are recomputed in the backward pass; without dropout nothing else differs."""
+        self.unpacked = None  # the memory is needed, and the adapters are about to change
         self.model.train()
         try:
             yield
@@ -271,19 +286,32 @@ class LLM:
             self.model.eval()
 
     @contextlib.contextmanager
-    def dequantized(self) -> Iterator[None]:
-        """Inside, with `dequantize`, the 4-bit base weights are also held as numbers: the same products, faster."""
-        from bitsandbytes import functional, nn
+    def held(self) -> Iterator[None]:
+        """Inside, with `dequantize`, the layers compute from weights out of 4 bits: the same products, faster.
 
-        layers: list[Any] = [m for m in self.model.modules() if self.dequantize and isinstance(m, nn.Linear4bit)]
+        No gradients. The copy is kept until it is of no use: adapters on or off, adapters trained.
+        """
+        if not self.dequantize:
+            yield
+            return
+        layers = fast.lora_layers(self.model)
+        adapted = not layers[0].disable_adapters
+        versions = [p._version for p in self.model.parameters() if p.requires_grad] if adapted else []
+        if self.unpacked is None or self.unpacked[0] != versions:
+            self.unpacked = None  # never two copies
+            self.unpacked = versions, fast.unpacked_forwards(self.model, self.dtype, adapted)
+        forwards = self.unpacked[1]
+        usual = {module: module.__dict__.get("forward") for module in forwards}
         try:
-            for layer in layers:
-                weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(self.dtype)
-                layer.forward = functools.partial(torch.nn.functional.linear, weight=weight, bias=layer.bias)
+            for module, forward in forwards.items():
+                module.forward = forward
             yield
         finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
+            for module, forward in usual.items():
+                if forward is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = forward
 
     def autocast(self) -> torch.autocast:
         """fp32 adapters compute in bf16 beside a bf16 base; nothing changes when the base computes in fp32."""
@@ -368,41 +396,37 @@ class LLM:
         self.model.eval()
         for prompt in prompts:
             self.check_length(len(prompt) + max_new_tokens)
-        results: list[list[Completion]] = [[] for _ in prompts]
-        plan = batches([len(p) + max_new_tokens for p in prompts], n, self.token_budget)
-        total = sum(len(indices) * rows for indices, rows in plan)
-        with tqdm(total=total * max_new_tokens, desc=desc, unit="tok", leave=False) as bar, self.dequantized():
-            for indices, rows in plan:
-                wanted = [i * n + len(results[i]) + row for i in indices for row in range(rows)]
-                form_rows = [forms[i] for i in wanted] if forms else None
-                progress = _Progress(bar, len(indices) * rows)
-                self.batch = (len(indices) * rows, max(len(prompts[i]) for i in indices) + max_new_tokens)
-                ids = self._generate_batch(
-                    [prompts[i] for i in indices],
-                    rows,
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        lengths = [len(row) + max_new_tokens for row in rows]
+        groups = [members for members, _ in fast.shared_beginnings(rows)]
+        done: dict[int, Completion] = {}
+        total = len(rows) * max_new_tokens
+        with tqdm(total=total, desc=desc, unit="tok", leave=False) as bar, self.held():
+            for batch in batches(groups, lengths, self.token_budget):
+                self.batch = (len(batch), max(lengths[i] for i in batch))
+                already = bar.n
+                written = self._generate_batch(
+                    [rows[i] for i in batch],
                     max_new_tokens,
                     temperature,
-                    form_rows,
+                    [forms[i] for i in batch] if forms else None,
                     banned,
-                    progress,
+                    bar.update,
                 )
-                bar.update(len(indices) * rows * max_new_tokens - progress.counted)
-                for row, completion in enumerate(ids):
-                    results[indices[row // rows]].append(self._cut(completion))
-        return results
+                bar.update(already + len(batch) * max_new_tokens - bar.n)
+                done |= {i: self._cut(ids) for i, ids in zip(batch, written, strict=True)}
+        return [[done[i * n + k] for k in range(n)] for i in range(len(prompts))]
 
     @torch.no_grad()
     def _generate_batch(
         self,
-        prompts: list[list[int]],
-        n: int,
+        rows: list[list[int]],
         max_new_tokens: int,
         temperature: float,
         forms: list[Sequence[Field]] | None,
         banned: Sequence[str],
-        progress: StoppingCriteria,
+        progress: Callable[[int], Any],
     ) -> list[list[int]]:
-        ids, mask = self.pad(prompts, side="left")  # (B, P)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:  # every setting that bends the distribution is named, or a default could leak in
             sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -415,32 +439,33 @@ class LLM:
         )
         processors = LogitsProcessorList([FormFiller(self, forms)] if forms else [])
         with self.autocast():
-            cache = self._prefill(ids, mask, n)
-            ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (B * n, P)
+            ids, mask, cache = self._prefill(rows, max_new_tokens)
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 generation_config=config,
                 logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([progress]),
+                custom_generate=functools.partial(fast.decode, mask=mask, reserved=cache, progress=progress),
             )
         return output[:, ids.shape[1] :].tolist()
 
-    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor, n: int) -> DynamicCache:
-        """Run all but the last prompt token once and repeat the cache n times; generate() goes on from there."""
+    @torch.no_grad()
+    def _prefill(self, rows: Sequence[list[int]], new: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Read what rows have in common once: (ids, attention mask), each (B, P), and a cache of their beginnings.
+
+        The cache has room for P + new tokens. Beginnings and the rest, at least a row's last token, are padded on
+        their left apart from each other.
+        """
+        groups = fast.shared_beginnings(rows)
+        owner = {i: number for number, (members, _) in enumerate(groups) for i in members}
+        owners = torch.tensor([owner[i] for i in range(len(rows))], device=self.device)
+        ids, mask = self.pad([rows[i][groups[owner[i]][1] :] for i in range(len(rows))], side="left")
         cache = DynamicCache(config=self.model.config)
-        if ids.shape[1] == 1:
-            return cache
-        self.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions(mask)[:, :-1],
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(n)
-        return cache
+        starts, starts_mask = self.pad([rows[members[0]][:common] for members, common in groups], side="left")
+        if starts.shape[1]:
+            self.hidden(starts, starts_mask, positions(starts_mask), cache)
+            ids, mask = torch.cat([starts[owners], ids], 1), torch.cat([starts_mask[owners], mask], 1)
+        return ids, mask, fast.reserve(cache, owners, ids.shape[1] + new)
 
     def _cut(self, ids: list[int]) -> Completion:
         """Cut after the first end token, found by its position: the pad id is often the end id too."""
@@ -468,51 +493,62 @@ class LLM:
 
     # ---- scores
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (B, T, D): everything but the output head."""
+    def hidden(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, at: torch.Tensor, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """Last hidden states (B, T, D): everything but the output head.
+
+        ids (B, T), at: position ids (B, T). mask: (B, cached + T), (B, 1, T, T), or None for plain causal attention.
+        """
         base: Any = self.model.get_base_model()
-        decoder = base.get_decoder()
-        return decoder(
-            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+        return base.get_decoder()(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=at,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
 
     @torch.no_grad()
     def choice_probs(self, rows: Sequence[list[int]], choices: Sequence[int], desc: str = "rate") -> torch.Tensor:
         """Probabilities of the K `choices` ids, renormalised among themselves, as the token that follows each row.
 
-        Returns (len(rows), K) in float32, on the CPU.
+        Returns (len(rows), K) in float32, on the CPU. What rows begin with alike is read once.
         """
         self.model.eval()
         head = self.model.get_output_embeddings()
         results = torch.empty(len(rows), len(choices))
         for row in rows:
             self.check_length(len(row))
-        with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.autocast():
-            for indices, _ in batches([len(row) for row in rows], 1, self.token_budget):
-                self.batch = (len(indices), max(len(rows[i]) for i in indices))
-                hidden = self.hidden(*self.pad([rows[i] for i in indices], side="left"))
-                results[indices] = head(hidden[:, -1])[:, choices].float().softmax(-1).cpu()  # (B, K)
-                bar.update(len(indices))
+        groups, lengths = [members for members, _ in fast.shared_beginnings(rows)], [len(row) for row in rows]
+        budget = min(self.token_budget, READ_TOKENS)
+        with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.autocast(), self.held():
+            for batch in batches(groups, lengths, budget):
+                self.batch = (len(batch), max(lengths[i] for i in batch))
+                ids, mask, cache = self._prefill([rows[i] for i in batch], 0)
+                seen = cache.get_seq_length()
+                last = self.hidden(ids[:, seen:], mask, positions(mask)[:, seen:], cache)[:, -1]
+                results[batch] = head(last)[:, choices].float().softmax(-1).cpu()  # (B, K)
+                bar.update(len(batch))
         return results
 
     def logps(
         self,
         ids: torch.Tensor,
-        mask: torch.Tensor,
-        completion_mask: torch.Tensor,
+        segments: torch.Tensor,
         temperature: float,
         chunk_bytes: int = LOGITS_CHUNK_BYTES,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the completion tokens under the distribution they were sampled from.
 
-        ids, mask, completion_mask: (B, T); padding on either side. Returns (logps, entropy), each (N,) float32 in row
-        order, N = completion_mask.sum(); entropy (nats) carries no gradient. The logits of N tokens are computed in
-        chunks and recomputed in the backward pass: (B, T, V) never exists.
+        ids, segments: (B, T) as fast.segments_of makes them, padding on either side. Returns (logps, entropy), each
+        (N,) float32 in row order, N = (segments > 0).sum(); entropy (nats) carries no gradient. The logits of N tokens
+        are computed in chunks and recomputed in the backward pass: (B, T, V) never exists.
         """
+        ids, segments = ids.to(self.device), segments.to(self.device)
         with self.autocast():
-            hidden = self.hidden(ids, mask)
-            at = completion_mask[:, 1:].bool()  # the state before a token predicts it
-            states, targets = hidden[:, :-1][at], ids[:, 1:][at]  # (N, D), (N,)
+            hidden = self.hidden(ids, fast.segment_mask(segments), fast.segment_positions(segments))
+            states, targets = hidden[fast.before(segments)], ids[segments > 0]  # (N, D), (N,)
             size = max(1, chunk_bytes // (4 * self.model.config.get_text_config().vocab_size))
             parts = [
                 checkpoint(self._token_logps, s, t, temperature, use_reentrant=False)
@@ -528,6 +564,14 @@ class LLM:
         detached = logp.detach()
         entropy = -(detached.exp() * detached).sum(-1)
         return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    @cached_property
+    def pairs_a_token(self) -> float:
+        """How many pairs of tokens attention relates with the operations that all linear layers do on one token."""
+        config = self.model.config.get_text_config()
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        weights = sum(layer.in_features * layer.out_features for layer in fast.lora_layers(self.model))
+        return 2 * weights / (4 * self.layers * config.num_attention_heads * head)
 
     # ---- rehearsals
 
@@ -548,30 +592,23 @@ class LLM:
         finally:
             decoder.layers = layers
 
-    def _made_up(self, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids and mask (B, T); a padded position, because only rows of different lengths need a mask in memory."""
-        ids = torch.full((rows, tokens), self.pad_id, device=self.device)
-        mask = torch.ones_like(ids)
-        mask[-1, 0] = 0
-        return ids, mask
-
     @torch.no_grad()
     def rehearse(self, prompts: int, prompt: int, new: int, n: int) -> None:
         """The memory of a batch: a forward pass over the prompts, then one token behind a cache of full length."""
         prompt = min(prompt, self.context - new)
         self.batch = (prompts * n, prompt + new)
-        ids, mask = self._made_up(prompts, prompt)
-        with self.autocast(), self._quickly():
+        # Different second tokens, so that no two prompts begin alike; one is shorter: only then are masks made.
+        rows = [[self.pad_id, i % 2**15] + [self.pad_id] * (prompt - 2 - (i == 0)) for i in range(prompts)]
+        with self.autocast(), self.held(), self._quickly():
+            ids, mask, cache = self._prefill([row for row in rows for _ in range(n)], new)
             if not new:
-                self.hidden(ids, mask)
                 return
-            filled: Any = self._prefill(ids, mask, n).layers[0]
-            keys = filled.keys  # (B * n, heads, P - 1, head size)
-            shape = (*keys.shape[:2], prompt + new - 1, keys.shape[3])
-            cache = DynamicCache(config=self.model.config)
-            for layer in range(self.model.config.get_text_config().num_hidden_layers):
-                cache.update(keys.new_zeros(shape), keys.new_zeros(shape), layer)
-            ids, mask = self._made_up(prompts * n, prompt + new)
+            cache.layers[1:] = [copy.deepcopy(cache.layers[0]) for _ in range(self.layers - 1)]
+            for layer in cache.layers:
+                for store in layer.stores:
+                    store.fill_(0)  # reserved memory is not in use before it is written
+                layer.keys, layer.values = (store[:, :, :-1] for store in layer.stores)
+            mask = torch.nn.functional.pad(mask, (0, new), value=1)
             self.model(
                 input_ids=ids[:, -1:],
                 attention_mask=mask,
@@ -584,11 +621,11 @@ class LLM:
         """The memory of a micro-batch: forward and backward pass. The gradients are the caller's to throw away."""
         prompt = min(prompt, self.context - new)
         self.batch = (rows, prompt + new)
-        ids, mask = self._made_up(rows, prompt + new)
-        completion_mask = mask.clone()
-        completion_mask[:, :prompt] = 0
+        # Two completions in a row, because only then is a mask needed.
+        halves = [[self.pad_id] * (new // 2), [self.pad_id] * (new - new // 2)]
+        ids, segments = fast.segments_of([([self.pad_id] * prompt, halves)] * rows, self.pad_id)
         with self.training(), self._quickly():
-            self.logps(ids, mask, completion_mask, temperature=1.0)[0].sum().backward()
+            self.logps(ids, segments, temperature=1.0)[0].sum().backward()
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -596,7 +633,7 @@ class LLM:
         ids = torch.arange(8, device=self.device)[None]
         with self.autocast():
             logits = self.model(input_ids=ids).logits.float()
-            own = self.model.get_output_embeddings()(self.hidden(ids, torch.ones_like(ids))).float()
+            own = self.model.get_output_embeddings()(self.hidden(ids, None, ids)).float()
         if not torch.allclose(logits, own, atol=1e-2, rtol=1e-2):
             kind = self.model.config.model_type
             raise UserError(f"models of type {kind} change the logits after the output head; not supported")
@@ -605,44 +642,3 @@ class LLM:
 def spellings(word: str) -> list[str]:
     """`cat` -> `cat`, ` cat`, `Cat`, ` Cat` and their plurals, each of which has tokens of its own."""
     return [space + form + s for form in (word, word.capitalize()) for space in ("", " ") for s in ("", "s")]
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Attention mask (B, T) -> position ids (B, T) counted from the first real token of each row."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def batches(lengths: Sequence[int], n: int, budget: int) -> list[tuple[list[int], int]]:
-    """Split rows into batches of similar length under a token budget, longest first.
-
-    `lengths`: tokens of a row; each is wanted `n` times. Returns (indices, rows of each): a batch has
-    len(indices) * rows rows, padded to its longest, and exceeds the budget only where a single row does.
-    An index whose n rows exceed the budget alone appears in several batches.
-    """
-    plan: list[tuple[list[int], int]] = []
-    current: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = max(1, budget // lengths[i])  # rows of this length
-        if fits < n:
-            plan += [([i], min(fits, n - done)) for done in range(0, n, fits)]
-        elif current and (len(current) + 1) * n * lengths[current[0]] <= budget:
-            current.append(i)
-        else:
-            current = [i]
-            plan.append((current, n))
-    return plan
-
-
-# ------------------------------------------------------------------------------------- generation's helpers
-
-
-class _Progress(StoppingCriteria):
-    """Never stops anything; tells the bar of each decoded token."""
-
-    def __init__(self, bar: tqdm, rows: int) -> None:
-        self.bar, self.rows, self.counted = bar, rows, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.counted += self.rows
-        self.bar.update(self.rows)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

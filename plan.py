@@ -18,7 +18,8 @@ import torch
 from transformers import AutoConfig
 
 from data import UserError
-from model import LOGITS_CHUNK_BYTES, batches, check_hub, resolve
+from fast import batches
+from model import LOGITS_CHUNK_BYTES, READ_TOKENS, check_hub, resolve
 from rubric import RATING_TOKENS
 
 if TYPE_CHECKING:
@@ -244,8 +245,9 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
     answers = cfg.documents * cfg.group_size
 
     def largest(count: int, prompt: int, new: int, n: int = 1, budget: int = cfg.rollout_tokens) -> Batch:
-        indices, rows = batches([prompt + new] * count, n, budget)[0]
-        return Batch(len(indices), prompt, new, rows)
+        groups = [[i * n + k for k in range(n)] for i in range(count)]
+        rows = len(batches(groups, [prompt + new] * (count * n), budget)[0])
+        return Batch(max(1, rows // n), prompt, new, min(n, rows))
 
     return {
         "propose": largest(  # the references: more rows than the problems
@@ -255,7 +257,12 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
         "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
         "judge": largest(answers, asked + cfg.max_new_tokens + rubric, RATING_TOKENS * cfg.max_criteria)
         if cfg.judge == "generate"
-        else largest(answers * cfg.max_criteria, asked + cfg.max_new_tokens + cfg.criterion_tokens, 0),
+        else largest(
+            answers * cfg.max_criteria,
+            asked + cfg.max_new_tokens + cfg.criterion_tokens,
+            0,
+            budget=min(cfg.rollout_tokens, READ_TOKENS),
+        ),
         "update": largest(answers, asked, cfg.max_new_tokens, budget=cfg.update_tokens),
     }
 

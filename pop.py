@@ -32,8 +32,9 @@ import rubric
 import runlog
 from checkpoint import State
 from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
+from fast import batches, segments_of, share_prompts
 from faults import Interrupted, Signals, within_memory
-from model import LLM, batches, load
+from model import LLM, load
 from rubric import Episode, Phase, alive, plainly
 
 T = TypeVar("T")
@@ -322,55 +323,33 @@ def grpo_loss(
 
 
 @dataclass
-class MicroBatch:
-    """Prompts with their completions, right-padded: ids, mask, completion_mask (B, T); the rest (N,) or None."""
+class Sample:
+    """An answer as the update sees it. The log-probabilities (C,), where they are needed, are computed once."""
 
-    ids: torch.Tensor
-    mask: torch.Tensor
-    completion_mask: torch.Tensor
-    advantages: torch.Tensor
+    prompt: list[int]
+    completion: list[int]
+    advantage: float
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
 
 
-def micro_batches(llm: LLM, episodes: Sequence[Episode], budget: int) -> list[MicroBatch]:
-    """The answers of all episodes, those of similar length together, each batch under `budget` tokens."""
-    rows = [(e.prompt_ids, a.ids, a.advantage) for e in episodes for a in e.answers]
-    result = []
-    for indices, _ in batches([len(prompt) + len(ids) for prompt, ids, _ in rows], 1, budget):
-        picked = [rows[i] for i in indices]
-        ids, mask = llm.pad([prompt + completion for prompt, completion, _ in picked])  # (B, T)
-        completion_mask = mask.clone()
-        for i, (prompt, _, _) in enumerate(picked):
-            completion_mask[i, : len(prompt)] = 0
-        counts = torch.tensor([len(completion) for _, completion, _ in picked])
-        advantages = torch.tensor([advantage for _, _, advantage in picked]).repeat_interleave(counts)  # (N,)
-        result.append(MicroBatch(ids, mask, completion_mask, advantages.to(llm.device)))
-    return result
+MicroBatch = list[list[Sample]]  # rows; those of a row have one prompt, which is read once for all of them
 
 
-def split(part: MicroBatch, budget: int) -> list[MicroBatch]:
-    """A micro-batch cut between rows until each piece is under `budget` tokens or a single row."""
-    rows = len(part.ids)
-    if rows == 1 or part.ids.numel() <= budget:
-        return [part]
-    pieces = []
-    counts = part.completion_mask.sum(1).tolist()
-    for at, tokens in (
-        (slice(0, rows // 2), slice(0, sum(counts[: rows // 2]))),
-        (slice(rows // 2, rows), slice(sum(counts[: rows // 2]), sum(counts))),
-    ):
-        width = int(part.mask[at].sum(1).max())
-        piece = MicroBatch(
-            part.ids[at, :width],
-            part.mask[at, :width],
-            part.completion_mask[at, :width],
-            part.advantages[tokens],
-            None if part.old_logps is None else part.old_logps[tokens],
-            None if part.ref_logps is None else part.ref_logps[tokens],
-        )
-        pieces += split(piece, budget)
-    return pieces
+def samples_of(episodes: Sequence[Episode]) -> list[list[Sample]]:
+    """The answers of each group."""
+    return [[Sample(e.prompt_ids, a.ids, a.advantage) for a in e.answers] for e in episodes]
+
+
+def micro_batches(llm: LLM, groups: Sequence[Sequence[Sample]], budget: int) -> list[MicroBatch]:
+    """The samples of all groups in rows, those of similar length together, each batch under `budget` tokens."""
+    rows = []
+    for group in groups:
+        prompt, completions = len(group[0].prompt), [len(sample.completion) for sample in group]
+        for members in share_prompts(prompt, completions, budget, llm.pairs_a_token):
+            rows.append([group[i] for i in members])
+    lengths = [len(row[0].prompt) + sum(len(sample.completion) for sample in row) for row in rows]
+    return [[rows[i] for i in batch] for batch in batches([[i] for i in range(len(rows))], lengths, budget)]
 
 
 def update(
@@ -387,43 +366,62 @@ def update(
     """
     progress = progress or new_progress(cfg)
     budgets = progress["budgets"]
-    parts = micro_batches(llm, episodes, budgets["update"])
-    total = sum(len(part.advantages) for part in parts)
+    groups = samples_of(episodes)
+    samples = [sample for group in groups for sample in group]
+    parts = micro_batches(llm, groups, budgets["update"])
+    total = sum(len(sample.completion) for sample in samples)
     sums: dict[str, float] = defaultdict(float)
     norm, lr, skipped = 0.0, 0.0, 0
 
     def logps(part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        llm.batch = (len(part.ids), part.ids.shape[1])
-        return llm.logps(part.ids, part.mask, part.completion_mask, cfg.temperature)
+        ids, segments = segments_of([(row[0].prompt, [s.completion for s in row]) for row in part], llm.pad_id)
+        answers = len(in_order(part))
+        llm.batch = (answers, ids.numel() // answers)
+        return llm.logps(ids, segments, cfg.temperature)  # each (N,), in the order of in_order(part)
+
+    def in_order(part: MicroBatch) -> list[Sample]:
+        return [sample for row in part for sample in row]
+
+    def stored(part: MicroBatch, name: str) -> torch.Tensor | None:
+        values = [getattr(sample, name) for sample in in_order(part)]
+        return None if values[0] is None else torch.cat(values)
 
     @torch.no_grad()
     def look_up() -> None:
-        for part in parts:
-            if cfg.kl_coef > 0:
-                with llm.adapters_off():
-                    part.ref_logps = logps(part)[0]
-            if cfg.updates_per_batch > 1:
-                part.old_logps = logps(part)[0]
+        def store(name: str) -> None:
+            for part in parts:
+                counts = [len(sample.completion) for sample in in_order(part)]
+                for sample, values in zip(in_order(part), logps(part)[0].split(counts), strict=True):
+                    setattr(sample, name, values)
+
+        if cfg.kl_coef > 0:
+            with llm.adapters_off():
+                store("ref_logps")
+        if cfg.updates_per_batch > 1:
+            store("old_logps")
 
     def accumulate() -> dict[str, float]:
         """The gradient of one update; returns means over its tokens."""
         means: dict[str, float] = defaultdict(float)
         for part in parts:
             current, entropy = logps(part)
-            old = current.detach() if part.old_logps is None else part.old_logps  # on-policy: the same
-            loss, counted = grpo_loss(current, old, part.ref_logps, part.advantages, total, cfg)
+            old = stored(part, "old_logps")
+            old = current.detach() if old is None else old  # on-policy: the same
+            weights = [s.advantage for s in in_order(part) for _ in s.completion]
+            advantages = torch.tensor(weights, device=llm.device)  # (N,)
+            loss, counted = grpo_loss(current, old, stored(part, "ref_logps"), advantages, total, cfg)
             loss.backward()
             for name, value in {**counted, "loss": loss.item() * total, "entropy": entropy.sum().item()}.items():
                 means[name] += value / total
-            bar.update(len(part.ids))
+            bar.update(len(in_order(part)))
         return means
 
     def smaller() -> None:
-        """After running out of memory: no half gradient; old and reference log-probs stay with their rows."""
+        """After running out of memory: no half gradient; old and reference log-probs stay with their samples."""
         optimizer.zero_grad(set_to_none=True)
-        parts[:] = [piece for part in parts for piece in split(part, budgets["update"])]
+        parts[:] = micro_batches(llm, groups, budgets["update"])
 
-    rows = sum(len(part.ids) for part in parts)
+    rows = len(samples)
     with llm.training(), tqdm(total=rows * cfg.updates_per_batch, desc="update", unit="row", leave=False) as bar:
         within_memory(llm, "update", look_up, smaller, budgets)
         for _ in range(cfg.updates_per_batch):

@@ -190,7 +190,7 @@ def test_other_errors_are_not_retried(llm):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("updates", "fails_at"), [(1, 1), (1, 4), (1, 6), (3, 2), (3, 5), (3, 9), (3, 14), (3, 18)])
+@pytest.mark.parametrize(("updates", "fails_at"), [(1, 1), (1, 3), (3, 1), (3, 3), (3, 5), (3, 7), (3, 9)])
 def test_an_update_that_ran_out_of_memory_trains_as_if_it_had_not(monkeypatch, updates, fails_at):
     """Half-accumulated gradients are gone, and old log-probs stay those of the policy that answered."""
     trained = []
@@ -217,18 +217,6 @@ def test_an_update_that_ran_out_of_memory_trains_as_if_it_had_not(monkeypatch, u
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_a_split_micro_batch_holds_the_same_tokens_with_their_numbers(llm):
-    episodes = [group(llm, [1.0, 0.0, 0.5, 0.2], seed=s, prompt="Why" + "?" * s) for s in range(3)]
-    (part,) = pop.micro_batches(llm, episodes, 100_000)
-    part.old_logps = torch.rand(len(part.advantages))
-    pieces = pop.split(part, 60)
-    assert len(pieces) > 2 and all(p.ids.numel() <= 60 or len(p.ids) == 1 for p in pieces)
-    for name in ("advantages", "old_logps"):
-        assert torch.equal(torch.cat([getattr(p, name) for p in pieces]), getattr(part, name))
-    tokens = torch.cat([p.ids[p.completion_mask.bool()] for p in pieces])
-    assert torch.equal(tokens, part.ids[part.completion_mask.bool()])
-
-
 # ---------------------------------------------------------------------------------------------------- rehearsals
 
 
@@ -247,20 +235,24 @@ def test_the_rehearsal_leaves_weights_and_random_states_untouched(llm):
 
 def test_the_rehearsal_halves_the_budget_of_a_phase_that_does_not_fit(llm, monkeypatch):
     cfg = replace(pop.Config(), max_words=100, max_new_tokens=16, documents=4, rubric_answers=1)
-    tried = fails_above(monkeypatch, llm, "_prefill", 4, lambda ids, mask, n: len(ids) * n)
+    tried = fails_above(monkeypatch, llm, "_prefill", 4, lambda rows, new: len(rows))
     budgets = pop.new_progress(cfg)["budgets"]
     faults.try_longest(llm, cfg, budgets)
     assert max(tried) > 4 and budgets["solve"] < cfg.rollout_tokens and budgets["update"] == cfg.update_tokens
 
 
 def test_the_rehearsal_decodes_behind_a_cache_of_the_final_length(llm):
+    def lengths(kwargs):
+        return [tuple(layer.keys.shape[::2]) for layer in kwargs["past_key_values"].layers]
+
     seen = []
-    llm.model.register_forward_hook(lambda _, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
+    llm.model.register_forward_hook(
+        lambda _, args, kwargs, output: seen.append((kwargs, lengths(kwargs))), with_kwargs=True
+    )
     llm.rehearse(prompts=2, prompt=30, new=10, n=3)
-    cache = seen[-1]["past_key_values"]
-    assert seen[-1]["input_ids"].shape == (6, 1)
-    assert cache.layers[1].keys.shape[0] == 6 and cache.layers[1].keys.shape[2] == 39
-    assert cache.layers[0].keys.shape[2] == 40  # the token just decoded is in it
+    kwargs, after = seen[-1]
+    assert kwargs["input_ids"].shape == (6, 1)
+    assert after == [(6, 40), (6, 39)]  # only the first layer is run: the token just decoded is in its cache
 
 
 def test_a_run_that_cannot_fit_fails_before_its_first_step(played, tmp_path, monkeypatch):

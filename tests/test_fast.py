@@ -1,0 +1,275 @@
+"""Everything in fast.py gives what the plain way gives."""
+
+import copy
+import random
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from test_model import END, PROMPTS, greedy, lora_gradients, naive_logps, random_ids
+from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+import fast
+from data import UserError
+from model import LLM
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def test_an_adapted_layer_computes_and_differentiates_what_pefts_own_does(llm):
+    layer = fast.lora_layers(llm.model)[0]
+    x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weights = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    results = []
+    for forward in (layer.forward, lambda x: type(layer).forward(layer, x)):
+        y = forward(x)
+        results.append((y, torch.autograd.grad(y.square().sum(), weights)))
+    (mine, gradients), (theirs, expected) = results
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 32, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_linear_layer_equals_the_product_in_float64(rows, bias):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((2, rows, 48), (80, 48)))
+    b = torch.randn(80, generator=generator) if bias else None
+    expected = x.double() @ weight.double().t() + (0 if b is None else b.double())
+    torch.testing.assert_close(fast.linear(weight, b)(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_held_weights_follow_the_adapters(llm):
+    """Trained, switched off and on again: each time the copy is the one that fits."""
+    llm.dequantize = True
+
+    def both() -> list:
+        fast_way = greedy(llm)
+        llm.dequantize = False
+        plain = greedy(llm)
+        llm.dequantize = True
+        assert fast_way == plain
+        return plain
+
+    first = both()
+    with llm.adapters_off():
+        assert both() != first
+    assert both() == first
+    with torch.no_grad():  # as a checkpoint is loaded, without training()
+        for name, p in llm.model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(-1)
+    assert both() != first
+    usual = {module: module.forward for module in llm.model.modules() if isinstance(module, LoraLayer)}
+    with llm.held():
+        assert all(module.forward is not forward for module, forward in usual.items())
+    assert all(module.forward is forward for module, forward in usual.items())
+
+
+def test_the_copy_of_the_weights_is_let_go_for_training(llm):
+    llm.dequantize = True
+    greedy(llm)
+    assert llm.unpacked is not None
+    with llm.training():
+        assert llm.unpacked is None
+
+
+def test_adapters_are_never_added_to_weights_in_16_bits(llm):
+    """There the rounding is as large as what a young adapter adds."""
+    for layer in fast.lora_layers(llm.model):
+        layer.base_layer.to(torch.bfloat16)
+    forwards = fast.unpacked_forwards(llm.model, torch.bfloat16, adapted=True)
+    assert set(forwards) == {layer.base_layer for layer in fast.lora_layers(llm.model)}
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+
+def test_a_reserved_cache_holds_what_a_growing_one_holds():
+    def some(rows: int, tokens: int) -> list[torch.Tensor]:
+        return [torch.randn(rows, 2, tokens, 4) for _ in range(2)]
+
+    torch.manual_seed(0)
+    plain, chosen = DynamicCache(), torch.tensor([2, 0, 0])
+    first = some(3, 5)
+    plain.update(*first, 0)
+    reserved = fast.reserve(plain, chosen, 9)
+    expected = [tensor[chosen] for tensor in first]
+    for tokens in (1, 3):
+        more = some(3, tokens)
+        got = reserved.update(*more, 0)
+        expected = [torch.cat(pair, 2) for pair in zip(expected, more, strict=True)]
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+    assert reserved.get_seq_length() == 9
+    kept = fast.reserve(reserved, torch.tensor([1]), 9)
+    assert torch.equal(kept.layers[0].keys, expected[0][[1]]) and reserved.layers[0].keys is None
+
+
+# --------------------------------------------------------------------------------------------------- batching
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=12))
+def test_groups_of_rows_begin_alike_and_leave_no_more_to_read(rows):
+    groups = fast.shared_beginnings(rows)
+    assert sorted(i for members, _ in groups for i in members) == list(range(len(rows)))
+    for members, common in groups:
+        assert len({tuple(rows[i][:common]) for i in members}) == 1
+        assert all(common < len(rows[i]) for i in members)
+    read = sum(common + sum(len(rows[i]) - common for i in members) for members, common in groups)
+    assert read <= sum(map(len, rows))
+
+
+def test_copies_of_a_prompt_are_read_but_for_the_last_token():
+    a, b = [1, 2, 3, 4], [1, 2, 7]
+    assert fast.shared_beginnings([a, b, a, b, a, b]) == [([0, 2, 4], 3), ([1, 3, 5], 2)]
+
+
+# --------------------------------------------------------------------------------------------------- decoding
+
+
+def test_draw_never_takes_a_token_of_probability_zero_and_follows_the_rest():
+    scores = torch.full((30_000, 6), -torch.inf)
+    scores[:, [1, 3]] = torch.tensor([0.0, 1.0])
+    torch.manual_seed(0)
+    counts = torch.bincount(fast.draw(scores), minlength=6) / 30_000
+    assert counts[[0, 2, 4, 5]].sum() == 0
+    assert counts[3] == pytest.approx(1 / (1 + torch.e**-1), abs=0.01)
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0 - 2**-53])
+def test_draw_finds_a_token_at_both_ends_of_the_unit_interval(monkeypatch, number):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kind: torch.full(shape, number, **kind))
+    scores = torch.log(torch.tensor([[0.0, 0.1, 0.2, 0.7, 0.0]]))
+    assert fast.draw(scores).tolist() == [1 if number == 0 else 3]
+
+
+def test_finished_rows_leave_the_batch_once_they_are_half_of_it(llm):
+    """Rows of forced lengths; the others write what they write alone."""
+    widths: list[int] = []
+    head = llm.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: widths.append(len(output)))
+    stops = [2, 9, 2, 5, 2]
+
+    class Stop:
+        def __init__(self, stops):
+            self.stops, self.step = stops, 0
+
+        def keep(self, rows):
+            self.stops = [self.stops[i] for i in rows]
+
+        def __call__(self, input_ids, scores):
+            self.step += 1
+            for i, stop in enumerate(self.stops):
+                end = scores[i, END].clone() + 1e4
+                scores[i, [END, 258]] = -torch.inf
+                if self.step == stop:
+                    scores[i, END] = end
+            return scores
+
+    def written(prompts, stops):
+        ids, mask, cache = llm._prefill(prompts, 12)
+        config = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=[END], pad_token_id=END)
+        output = fast.decode(
+            llm.model, ids, Stop(stops), config, mask=mask, reserved=cache, progress=lambda tokens: None
+        )
+        return [row[:stop].tolist() for row, stop in zip(output[:, ids.shape[1] :], stops, strict=True)]
+
+    together = written(PROMPTS, stops)
+    assert widths == [5, 5, 2, 2, 2, 1, 1, 1, 1]  # three of five end in step 2, one of two in step 5
+    assert together == [written([prompt], [stop])[0] for prompt, stop in zip(PROMPTS, stops, strict=True)]
+
+
+def sliding_llm(window: int | None) -> LLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, use_sliding_window=bool(window),
+        sliding_window=window, max_window_layers=1, eos_token_id=END,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    return LLM(get_peft_model(model, LoraConfig(target_modules="all-linear")), byte_tokenizer())
+
+
+def test_within_its_window_a_sliding_window_model_writes_as_without_and_beyond_is_refused():
+    assert sliding_llm(None).context == 512
+    llm = sliding_llm(60)
+    prompts = [random_ids(30, seed=i) for i in range(3)]
+    assert greedy(llm, prompts, n=2, max_new_tokens=30) == greedy(sliding_llm(None), prompts, n=2, max_new_tokens=30)
+    with pytest.raises(UserError, match=r"takes 61 tokens, the model's context is 60"):
+        greedy(llm, prompts, max_new_tokens=31)
+
+
+# ------------------------------------------------------------------------------------------------- the update
+
+
+GROUPS = [  # prompt, completions
+    (random_ids(6, seed=1), [random_ids(n, seed=n) for n in (4, 9, 1)]),
+    (random_ids(11, seed=2), [random_ids(5, seed=50)]),
+    (random_ids(3, seed=3), [random_ids(n, seed=n) for n in (7, 2)]),
+]
+
+
+def test_completions_that_share_a_row_have_the_log_probs_and_gradients_they_have_alone(llm):
+    alone = [(prompt, completion) for prompt, completions in GROUPS for completion in completions]
+    weights = torch.randn(sum(len(c) for _, c in alone), generator=torch.Generator().manual_seed(0))
+    with llm.training():
+        logps, entropy = llm.logps(*fast.segments_of(GROUPS, END), 0.7, chunk_bytes=5 * 4 * 259)
+        gradients = lora_gradients(llm.model, weights @ logps)
+    reference = copy.deepcopy(llm.model).double()
+    expected, expected_entropy = naive_logps(reference, alone, 0.7)
+    torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
+    for name, wanted in lora_gradients(reference, weights.double() @ expected).items():
+        assert (gradients[name] - wanted).norm() < 1e-5 * wanted.norm(), name
+
+
+def test_segments_positions_and_masks_of_a_row_worked_by_hand():
+    ids, segments = fast.segments_of([([1, 2], [[3, 4], [5]]), ([6], [[7, 8]])], pad_id=9)
+    assert ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
+    assert segments.tolist() == [[0, 0, 1, 1, 2], [0, 1, 1, -1, -1]]
+    assert fast.segment_positions(segments).tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
+    rows, columns = fast.before(segments)
+    assert (rows.tolist(), columns.tolist()) == ([0, 0, 0, 1, 1], [1, 2, 1, 0, 1])
+    mask = fast.segment_mask(segments)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert fast.segment_mask(segments[1:]) is None  # causal attention does the same
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(
+    prompt=st.integers(1, 200),
+    completions=st.lists(st.integers(1, 300), min_size=1, max_size=12),
+    budget=st.integers(1, 2000),
+    worth=st.floats(1, 1e5),
+)
+def test_each_completion_is_in_one_row_and_rows_of_several_keep_to_the_budget(prompt, completions, budget, worth):
+    rows = list(fast.share_prompts(prompt, completions, budget, worth))
+    assert sorted(i for row in rows for i in row) == list(range(len(completions)))
+    for row in rows:
+        assert len(row) == 1 or prompt + sum(completions[i] for i in row) <= budget
+
+
+def test_a_prompt_is_shared_as_long_as_attention_costs_less_than_reading_it_again():
+    # Joining 10 and 10 behind a prompt of 5 relates 25^2 pairs where two rows relate 2 x 15^2: 175 more.
+    assert list(fast.share_prompts(5, [10, 10], 100, worth=35.1)) == [[0, 1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, worth=34.9)) == [[0], [1]]
+
+
+def test_random_rows_of_forms_and_lengths_survive_compaction(llm):
+    """Greedy text of many prompts in one batch is that of each alone, though rows leave at different times."""
+    rng = random.Random(0)
+    prompts = [random_ids(rng.randint(2, 30), seed=i) for i in range(24)]
+    assert greedy(llm, prompts, max_new_tokens=40) == [greedy(tiny_llm(), [p], max_new_tokens=40)[0] for p in prompts]
