@@ -116,20 +116,23 @@ class Reserved(DynamicLayer):
         return 0 if self.keys is None else self.keys.shape[2]
 
 
-def reserve(cache: Any, rows: torch.Tensor, length: int) -> Any:
-    """A cache of these rows of another, one may come several times, with room for `length` tokens.
-
-    The other one is given up layer by layer, so that never more than one layer exists twice.
-    """
+def copied(cache: Any, rows: torch.Tensor, length: int, give_up: bool = False) -> Any:
+    """A cache of these rows of another, one may come several times, with room for `length` tokens."""
     layers: list[Any] = []
     for layer in cache.layers:
         new = Reserved(length)
         if layer.get_seq_length():
             new.take(layer.keys, layer.values, rows)
-        layer.keys = layer.values = None
-        layer.stores = []
+        if give_up:
+            layer.keys = layer.values = None
+            layer.stores = []
         layers.append(new)
     return Cache(layers=layers)
+
+
+def reserve(cache: Any, rows: torch.Tensor, length: int) -> Any:
+    """`copied`, where the other cache is given up layer by layer: never more than one layer exists twice."""
+    return copied(cache, rows, length, give_up=True)
 
 
 # --------------------------------------------------------------------------------------------------- batching

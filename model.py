@@ -51,10 +51,10 @@ PLAIN_FORMAT = "{system}\n\n### Request\n{user}\n\n### Response\n"
 PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
 
 # One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again.
-LOGITS_CHUNK_BYTES = 256 * 2**20
+LOGITS_CHUNK_BYTES = 64 * 2**20
 
-# Tokens of a batch that is only read: more at once are no faster, and keep a larger cache.
-READ_TOKENS = 8_192
+# Tokens read at once behind a shared beginning: more are no faster, and padded to a longer row.
+READ_TOKENS = 1_024
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,17 @@ class Completion:
     ids: list[int]
     text: str
     finished: bool  # False: cut off at max_new_tokens
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """What groups of rows begin with, read: ids and mask (groups, P), their cache, each row's group, its tokens."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: Any
+    owners: dict[int, int]
+    common: list[int]
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -168,6 +179,7 @@ def load(
     seed: int = 0,
     token_budget: int = 32_768,
     dequantize: bool = False,
+    recompute: bool = True,
 ) -> "LLM":
     """Load a causal LM with a fresh LoRA on every linear layer except the output head.
 
@@ -211,7 +223,14 @@ def load(
         task_type="CAUSAL_LM",
         base_model_name_or_path=source,
     )
-    return LLM(get_peft_model(model, config), tokenizer, dtype=dtype, token_budget=token_budget, dequantize=dequantize)
+    return LLM(
+        get_peft_model(model, config),
+        tokenizer,
+        dtype=dtype,
+        token_budget=token_budget,
+        dequantize=dequantize,
+        recompute=recompute,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- LLM
@@ -226,6 +245,7 @@ class LLM:
     dtype: torch.dtype = torch.float32
     token_budget: int = 32_768
     dequantize: bool = False  # read and write with weights out of 4 bits: faster, at 2 or 4 bytes a weight
+    recompute: bool = True  # activation checkpointing in the update
     batch: tuple[int, int] = (0, 0)  # rows and longest row of the last batch begun: what did not fit, if memory ran out
     eos_ids: list[int] = field(init=False)
     pad_id: int = field(init=False)
@@ -250,7 +270,8 @@ class LLM:
                 module.support_avx512bf16_for_cpu = False
         for layer in fast.lora_layers(self.model):
             layer.forward = functools.partial(fast.lora_forward, layer)
-        base.activation_checkpointing_enable()  # has an effect in training mode only
+        if self.recompute:
+            base.activation_checkpointing_enable()  # has an effect in training mode only
         self.model.eval()
         self._check_head()
 
@@ -277,7 +298,7 @@ class LLM:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Inside, activations are recomputed in the backward pass; without dropout nothing else differs."""
+        """Inside, with `recompute`, activations are computed again in the backward pass; nothing else differs."""
         self.unpacked = None  # the memory is needed, and the adapters are about to change
         self.model.train()
         try:
@@ -456,16 +477,31 @@ class LLM:
         The cache has room for P + new tokens. Beginnings and the rest, at least a row's last token, are padded on
         their left apart from each other.
         """
+        beginnings = self._read_beginnings(rows)
+        return self._continued(beginnings, rows, range(len(rows)), new, fast.reserve)
+
+    def _read_beginnings(self, rows: Sequence[list[int]]) -> Beginnings:
         groups = fast.shared_beginnings(rows)
-        owner = {i: number for number, (members, _) in enumerate(groups) for i in members}
-        owners = torch.tensor([owner[i] for i in range(len(rows))], device=self.device)
-        ids, mask = self.pad([rows[i][groups[owner[i]][1] :] for i in range(len(rows))], side="left")
+        ids, mask = self.pad([rows[members[0]][:common] for members, common in groups], side="left")
         cache = DynamicCache(config=self.model.config)
-        starts, starts_mask = self.pad([rows[members[0]][:common] for members, common in groups], side="left")
-        if starts.shape[1]:
-            self.hidden(starts, starts_mask, positions(starts_mask), cache)
-            ids, mask = torch.cat([starts[owners], ids], 1), torch.cat([starts_mask[owners], mask], 1)
-        return ids, mask, fast.reserve(cache, owners, ids.shape[1] + new)
+        if ids.shape[1]:
+            self.hidden(ids, mask, positions(mask), cache)
+        owners = {i: number for number, (members, _) in enumerate(groups) for i in members}
+        return Beginnings(ids, mask, cache, owners, [common for _, common in groups])
+
+    def _continued(
+        self,
+        shared: Beginnings,
+        rows: Sequence[list[int]],
+        chosen: Sequence[int],
+        new: int,
+        take: Callable[[Any, torch.Tensor, int], Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """The chosen rows, whose beginnings are read: (ids, mask), each (B, P), and their part of the cache."""
+        owners = torch.tensor([shared.owners[i] for i in chosen], device=self.device)
+        ids, mask = self.pad([rows[i][shared.common[shared.owners[i]] :] for i in chosen], side="left")
+        ids, mask = torch.cat([shared.ids[owners], ids], 1), torch.cat([shared.mask[owners], mask], 1)
+        return ids, mask, take(shared.cache, owners, ids.shape[1] + new)
 
     def _cut(self, ids: list[int]) -> Completion:
         """Cut after the first end token, found by its position: the pad id is often the end id too."""
@@ -521,15 +557,18 @@ class LLM:
         for row in rows:
             self.check_length(len(row))
         groups, lengths = [members for members, _ in fast.shared_beginnings(rows)], [len(row) for row in rows]
-        budget = min(self.token_budget, READ_TOKENS)
         with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.autocast(), self.held():
-            for batch in batches(groups, lengths, budget):
+            for batch in batches(groups, lengths, self.token_budget):
                 self.batch = (len(batch), max(lengths[i] for i in batch))
-                ids, mask, cache = self._prefill([rows[i] for i in batch], 0)
-                seen = cache.get_seq_length()
-                last = self.hidden(ids[:, seen:], mask, positions(mask)[:, seen:], cache)[:, -1]
-                results[batch] = head(last)[:, choices].float().softmax(-1).cpu()  # (B, K)
-                bar.update(len(batch))
+                some = [rows[i] for i in batch]
+                shared = self._read_beginnings(some)
+                rest = [len(row) - shared.common[shared.owners[i]] for i, row in enumerate(some)]
+                for part in batches([[i] for i in range(len(some))], rest, min(self.token_budget, READ_TOKENS)):
+                    ids, mask, cache = self._continued(shared, some, part, 0, fast.copied)
+                    seen = cache.get_seq_length()
+                    last = self.hidden(ids[:, seen:], mask, positions(mask)[:, seen:], cache)[:, -1]
+                    results[[batch[i] for i in part]] = head(last)[:, choices].float().softmax(-1).cpu()  # (B, K)
+                    bar.update(len(part))
         return results
 
     def logps(

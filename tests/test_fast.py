@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from test_model import END, PROMPTS, greedy, lora_gradients, naive_logps, random_ids
-from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
 import fast
 from data import UserError
@@ -177,7 +177,13 @@ def test_finished_rows_leave_the_batch_once_they_are_half_of_it(llm):
         ids, mask, cache = llm._prefill(prompts, 12)
         config = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=[END], pad_token_id=END)
         output = fast.decode(
-            llm.model, ids, Stop(stops), config, mask=mask, reserved=cache, progress=lambda tokens: None
+            llm.model,
+            ids,
+            LogitsProcessorList([Stop(stops)]),
+            config,
+            mask=mask,
+            reserved=cache,
+            progress=lambda tokens: None,
         )
         return [row[:stop].tolist() for row, stop in zip(output[:, ids.shape[1] :], stops, strict=True)]
 
