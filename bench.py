@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -330,25 +330,12 @@ class Side:
 
 
 def limits() -> dict[str, float]:
-    """What this machine does at best, by plain products of 2,048 x 2,048 and by reading 1 GiB."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def rate(work: Callable[[], Any], amount: float, times: int = 7) -> float:
-        seconds = []
-        for _ in range(times):
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return amount / statistics.median(seconds[2:])
-
-    a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
-    long = torch.ones(2**28, device=device)  # zeros would all be one page
-    result = {"fp32 products/s": rate(lambda: a @ b, 2 * 2048**3), "bytes read/s": rate(lambda: long.sum(), 2**30)}
+    """What this machine does at best, see plan.limits."""
+    device: plan.Device = "cuda" if torch.cuda.is_available() else "cpu"
+    fp32 = plan.limits(torch.float32, device)
+    result = {"fp32 products/s": fp32.products, "bytes read/s": fp32.read}
     if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        c, d = a.bfloat16(), b.bfloat16()
-        result["bf16 products/s"] = rate(lambda: c @ d, 2 * 2048**3)
+        result["bf16 products/s"] = plan.limits(torch.bfloat16, device).products
     return result
 
 

@@ -169,7 +169,7 @@ def try_longest(llm: LLM, cfg: "Config", budgets: dict[str, int]) -> None:
         work = work_of(replace(cfg, rollout_tokens=budget, update_tokens=budget))[phase]
         if phase == "update":
             moments = [torch.empty_like(p) for p in parameters for _ in range(2)]  # AdamW's, made in the first step
-            llm.rehearse_update(work.rows, work.prompt, work.new)
+            llm.rehearse_update(work.prompts, work.prompt, work.new, work.n)
             del moments
         else:
             llm.rehearse(work.prompts, work.prompt, work.new, work.n)

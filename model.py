@@ -656,13 +656,12 @@ class LLM:
                 logits_to_keep=1,
             )
 
-    def rehearse_update(self, rows: int, prompt: int, new: int) -> None:
+    def rehearse_update(self, prompts: int, prompt: int, new: int, n: int) -> None:
         """The memory of a micro-batch: forward and backward pass. The gradients are the caller's to throw away."""
         prompt = min(prompt, self.context - new)
-        self.batch = (rows, prompt + new)
-        # Two completions in a row, because only then is a mask needed.
-        halves = [[self.pad_id] * (new // 2), [self.pad_id] * (new - new // 2)]
-        ids, segments = fast.segments_of([([self.pad_id] * prompt, halves)] * rows, self.pad_id)
+        self.batch = (prompts * n, prompt // n + new)
+        rows = [([self.pad_id] * prompt, [[self.pad_id] * new] * n)] * prompts
+        ids, segments = fast.segments_of(rows, self.pad_id)
         with self.training(), self._quickly():
             self.logps(ids, segments, temperature=1.0)[0].sum().backward()
 

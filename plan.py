@@ -7,8 +7,10 @@ D hidden size, I the MLP's inner size, T tokens of a row; every size is in bytes
 import importlib.util
 import math
 import re
+import statistics
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,7 +21,7 @@ from transformers import AutoConfig
 
 from data import UserError
 from fast import batches
-from model import LOGITS_CHUNK_BYTES, READ_TOKENS, check_hub, resolve
+from model import LOGITS_CHUNK_BYTES, READ_TOKENS, check_hub, pick_device, resolve
 from rubric import RATING_TOKENS
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ CARDS = {16: 13, 24: 20, 32: 27, 48: 44, 80: 74}  # GB of a card -> GiB to use; 
 # Lengths in tokens, at most.
 TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
 INSTRUCTIONS = 250  # a role's own prompt and the chat template
+QUESTION = 50  # what the logits judge is asked after the answer
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,17 @@ def read_config(source: str) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """The largest batch of a role: `prompts` prompts of `prompt` tokens, each continued `n` times by `new` tokens."""
+    """The largest batch of a role: `prompts` prompts of `prompt` tokens, each continued `n` times by `new` tokens.
+
+    Where they are only read: all but the last `rest` tokens of each row are the beginning of one of `beginnings`.
+    """
 
     prompts: int
     prompt: int
     new: int = 0
     n: int = 1
+    rest: int = 0
+    beginnings: int = 0
 
     @property
     def rows(self) -> int:
@@ -167,12 +175,12 @@ def predict(
     lora_r: int = 32,
     trained: bool = True,
     dequantize: bool = False,
+    recompute: bool = True,
 ) -> dict[str, int]:
     """Peak bytes of "load" and of each role of `work`; all but "update" only generate or read.
 
-    On a CPU glibc keeps part of what is freed between the growing gradients: the update of a 7B measures 14% above
-    this, loading, solving and judging up to 5%.
-    trained: Adam's two moments exist, as they do from the second step on. dequantize: writing roles hold all weights.
+    trained: Adam's two moments exist, as they do from the second step on. dequantize: all other roles hold all
+    weights out of 4 bits. recompute: activations are computed again in the backward pass.
     """
     dtype = {"4bit": 2 if device == "cuda" else 4, "bf16": 2, "fp32": 4}[load_in]
     # NF4: half a byte a weight, a byte to scale each 64, an fp32 to scale each 256 of those.
@@ -188,49 +196,64 @@ def predict(
     result = {"load": base + 4 * lora + (weight if device == "cuda" else 3 * weight)}
     for role, batch in work.items():
         if role == "update":  # with gradients; the first optimizer step makes the moments after the backward pass
-            backward = casts + weight + update_bytes(shapes, batch, dtype, lora_r)
+            backward = casts + weight + update_bytes(shapes, batch, dtype, lora_r, recompute)
             result[role] = resident + 4 * lora + max(backward, 0 if trained else 8 * lora)
         else:
-            held = shapes.linear_params * dtype if dequantize and load_in == "4bit" and batch.new else weight
+            held = held_bytes(shapes, dtype) if dequantize else weight
             result[role] = resident + casts + held + reading_bytes(shapes, batch, dtype)
     return result
 
 
-def mask_bytes(rows: int, tokens: int, dtype: int) -> int:
-    """Rows of different lengths need a mask (rows, T, T): as booleans, and as numbers inside the attention."""
-    return rows * tokens * tokens * (1 + dtype)
+def held_bytes(shapes: Shapes, dtype: int) -> int:
+    """The weights of the layers in full; in fp32 the output head once more, in the layout that decoding wants."""
+    return dtype * (shapes.linear_params + (shapes.vocab * shapes.hidden if dtype == 4 else 0))
+
+
+def mask_bytes(rows: int, queries: int, keys: int, dtype: int) -> int:
+    """A mask (rows, queries, keys): as booleans, and as numbers inside the attention."""
+    return rows * queries * keys * (1 + dtype)
 
 
 def reading_bytes(shapes: Shapes, batch: Batch, dtype: int) -> int:
     """Activations and cache of a forward pass over the prompts and of the decoding after it."""
-    d, i = shapes.hidden, shapes.intermediate
-    # The residual stream with two normed copies; the activated gate beside the three stages of `up` with its LoRA.
-    prefill = batch.prompts * batch.prompt * (3 * d + 4 * i) * dtype
-    prefill += mask_bytes(batch.prompts, batch.prompt, dtype)
-    if not batch.new:
-        return prefill
-    cache = batch.rows * (batch.prompt + batch.new) * shapes.kv_bytes(dtype)
-    prefill += batch.prompts * batch.prompt * shapes.kv_bytes(dtype)
-    growing = cache // (2 * shapes.layers)  # a layer's keys are copied to grow by a token, then its values
-    logits = 5 * 4 * batch.rows * shapes.vocab  # fp32: logits, scores, warped scores, probabilities, one temporary
-    return max(prefill, cache + growing + logits)
-
-
-def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int) -> int:
-    """Activations and gradients of one micro-batch, with activation checkpointing and chunked logits."""
     d, i, q = shapes.hidden, shapes.intermediate, shapes.heads * shapes.head_dim
-    length = batch.prompt + batch.new
-    tokens = batch.rows * length
-    inputs = (shapes.layers + 1) * tokens * d * dtype  # checkpointing keeps each layer's input, and the last output
-    # One layer, recomputed: two normed inputs and the residual; queries, keys and values of every head, and what
+    rest = batch.rest or batch.prompt  # read at once
+    # Of a token: the residual stream with two normed copies, queries, keys and values of every head and what attention
+    # returns; or the activated gate beside the three stages of `up` with its LoRA.
+    tokens = batch.prompts * rest
+    reading = tokens * (3 * d + max(4 * q, 4 * i)) * dtype + mask_bytes(batch.prompts, rest, batch.prompt, dtype)
+    kv = shapes.kv_bytes(dtype)
+    if not batch.new:
+        shared = batch.beginnings * (batch.prompt - rest) * kv
+        return reading + (shared + batch.prompts * batch.prompt * kv if batch.rest else 0)
+    reading += batch.prompts * batch.prompt * kv
+    cache = batch.rows * (batch.prompt + batch.new) * kv
+    copied = batch.prompts * batch.prompt * kv // shapes.layers  # a layer at a time to its n rows
+    logits = 5 * 4 * batch.rows * shapes.vocab  # fp32: logits, scores, probabilities; in fp64 their sums
+    return max(reading, cache + max(copied, logits))
+
+
+def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int, recompute: bool = True) -> int:
+    """Activations and gradients of one micro-batch of prompts, each in a row with n completions; chunked logits."""
+    d, i, q = shapes.hidden, shapes.intermediate, shapes.heads * shapes.head_dim
+    row = batch.prompt + batch.n * batch.new
+    tokens = batch.prompts * row
+    mask = mask_bytes(batch.prompts, row, row, dtype) if batch.n > 1 else 0
+    # Of a layer, recomputed: two normed inputs and the residual; queries, keys and values of every head, and what
     # attention returns; gate, activated gate, up and their product; seven LoRA insides.
-    layer = tokens * (3 * d + 4 * q + 4 * i + 7 * lora_r) * dtype + mask_bytes(batch.rows, length, dtype)
+    layer = tokens * (3 * d + 4 * q + 4 * i + 7 * lora_r) * dtype + mask
     layer += tokens * 8 * d if dtype == 2 else 0  # norms compute in fp32
     layer += tokens * 3 * i * dtype  # gradients of the product, of the activated gate and of up
+    if recompute:  # each layer's input is kept, and the last output
+        kept = (shapes.layers + 1) * tokens * d * dtype
+    else:  # what was listed, with each norm's input apart, and attention's output in a second order
+        kept = shapes.layers * tokens * (6 * d + 5 * q + 4 * i + 7 * lora_r) * dtype
+        kept += shapes.layers * tokens * 16 * d if dtype == 2 else 0
+        layer = tokens * 3 * i * dtype + mask
     states = 2 * batch.rows * batch.new * d * dtype  # the states that are scored, and their gradient
     # A chunk of logits in fp32: logits, log-probabilities, probabilities, and the terms of the entropy.
     chunk = 4 * min(LOGITS_CHUNK_BYTES, 4 * shapes.vocab * batch.rows * batch.new)
-    return inputs + states + max(layer, chunk)
+    return kept + states + max(layer, chunk)
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -243,6 +266,9 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
     asked = cfg.problem_tokens + INSTRUCTIONS
     shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
     answers = cfg.documents * cfg.group_size
+    rest = cfg.max_new_tokens + QUESTION  # of the judge's prompt, the answer and what follows
+    n = max(1, min(cfg.group_size, (cfg.update_tokens - asked) // cfg.max_new_tokens))  # answers in a row of the update
+    row = asked + n * cfg.max_new_tokens
 
     def largest(count: int, prompt: int, new: int, n: int = 1, budget: int = cfg.rollout_tokens) -> Batch:
         groups = [[i * n + k for k in range(n)] for i in range(count)]
@@ -257,13 +283,13 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
         "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
         "judge": largest(answers, asked + cfg.max_new_tokens + rubric, RATING_TOKENS * cfg.max_criteria)
         if cfg.judge == "generate"
-        else largest(
-            answers * cfg.max_criteria,
-            asked + cfg.max_new_tokens + cfg.criterion_tokens,
-            0,
-            budget=min(cfg.rollout_tokens, READ_TOKENS),
+        else Batch(
+            min(answers * cfg.max_criteria, max(1, min(READ_TOKENS, cfg.rollout_tokens) // rest)),
+            asked + cfg.criterion_tokens + cfg.max_new_tokens,
+            rest=rest,
+            beginnings=cfg.documents * cfg.max_criteria,
         ),
-        "update": largest(answers, asked, cfg.max_new_tokens, budget=cfg.update_tokens),
+        "update": Batch(max(1, min(cfg.documents, cfg.update_tokens // row)), asked, cfg.max_new_tokens, n),
     }
 
 
@@ -285,13 +311,84 @@ def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     }
 
 
+# Share of the machine's limits that a phase reaches, measured by bench.py with SmolLM2 on two CPU cores.
+REACHED = {"reading": 0.65, "decoding": 0.55, "update": 0.55}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does at best: floating-point operations a second in products, bytes read a second."""
+
+    products: float
+    read: float
+
+
+def limits(dtype: torch.dtype, device: Device, size: int = 2048) -> Limits:
+    """Measured in a second or two, by products of `size` x `size` and by reading 1 GiB; medians of five."""
+
+    def rate(work: Callable[[], Any], amount: float) -> float:
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return amount / statistics.median(seconds[2:])
+
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    long = torch.ones(2**28, device=device)  # zeros would all be one page
+    return Limits(rate(lambda: a @ b, 2 * size**3), rate(lambda: long.sum(), 2**30))
+
+
+def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int) -> dict[str, float]:
+    """The time of each role in a step, from the machine's limits and the shares REACHED of them elsewhere.
+
+    Reading and the update are products: 2 operations a weight and token; the update passes once for the reference,
+    then forward, back (and forward again to recompute). A decoding step reads all weights and the caches, or
+    multiplies, whichever takes longer. Attention is left out.
+    """
+    linear, lora, head = 2 * shapes.linear_params, 2 * shapes.lora_params(cfg.lora_r), 2 * shapes.vocab * shapes.hidden
+    full = dtype if cfg.dequantize or cfg.load_in != "4bit" else 0.53  # bytes of a weight
+    weights = shapes.linear_params * full + shapes.vocab * shapes.hidden * dtype
+    result = {}
+    for role, (read, written) in tokens_of(cfg).items():
+        batch = work_of(cfg)[role]
+        if role == "update":
+            reference = linear * read + head * written if cfg.kl_coef else 0
+            forward = (linear + lora) * read + head * written
+            backward = (linear + 2 * lora) * read + head * written
+            operations = cfg.updates_per_batch * ((2 if cfg.recompute else 1) * forward + backward) + reference
+            result[role] = operations / limit.products / REACHED["update"]
+            continue
+        result[role] = read * linear / limit.products / REACHED["reading"]
+        if written:
+            cache = batch.rows * (batch.prompt + batch.new / 2) * shapes.kv_bytes(dtype)
+            step = max((weights + cache) / limit.read, batch.rows * (linear + head) / limit.products)
+            result[role] += written / batch.rows * step / REACHED["decoding"]
+    return result
+
+
 def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = None) -> str:
     """What --dry-run prints: for the model of `cfg`, and for CUDA if there is one or the preset is made for one."""
     shapes = shapes or shapes_of(cfg.model)
-    device = device or ("cuda" if torch.cuda.is_available() or cfg.preset in ("24gb", "48gb") else "cpu")
+    here: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if here == "cuda" or cfg.preset in ("24gb", "48gb") else "cpu")
     memory = predict(
-        shapes, work_of(cfg), device=device, load_in=cfg.load_in, lora_r=cfg.lora_r, dequantize=cfg.dequantize
+        shapes,
+        work_of(cfg),
+        device=device,
+        load_in=cfg.load_in,
+        lora_r=cfg.lora_r,
+        dequantize=cfg.dequantize,
+        recompute=cfg.recompute,
     )
+    seconds: dict[str, float] = {}
+    if device == here:  # the limits of a card can only be measured on it
+        _, kind = pick_device()
+        kind = {"4bit": kind, "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.load_in]
+        limit = limits(kind, here)
+        seconds = seconds_of(shapes, cfg, limit, kind.itemsize)
     corpus = cfg.corpus or f"the hub corpus of {cfg.task}"
     trained = f"LoRA r={cfg.lora_r} trains {shapes.lora_params(cfg.lora_r) / 1e6:.1f} M"
     length = f"up to {cfg.max_words:,} words (about {round(cfg.max_words * TOKENS_PER_WORD):,} tokens)"
@@ -299,15 +396,23 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
         f"model      {cfg.model}: {shapes.params / 1e9:.2f} B parameters in {cfg.load_in}, {trained}",
         f"documents  {cfg.documents} a step from {corpus}, {length}; {cfg.steps} steps",
         "",
-        "a step, at most      tokens read   written   memory GiB",
+        "a step, at most      tokens read   written   memory GiB   seconds",
         f"  load{memory['load'] / GIB:47.1f}",
     ]
     for role, (read, written) in tokens_of(cfg).items():
-        lines.append(f"  {role:<20}{read:>11,}{written:>10,}{memory[role] / GIB:10.1f}")
+        time_of = f"{seconds[role]:10.0f}" if seconds else f"{'?':>10}"
+        lines.append(f"  {role:<20}{read:>11,}{written:>10,}{memory[role] / GIB:10.1f}{time_of}")
     top = max(memory.values()) / GIB
     card = next((f"fits a {size} GB card" for size, limit in CARDS.items() if top <= limit), "fits no card listed")
     fits = card if device == "cuda" else "must be free"
     lines += ["", f"Memory on {device} is arithmetic, not measured. Its peak, {top:.1f} GiB, {fits}."]
+    if seconds:
+        lines.append(
+            f"Seconds: all texts at their longest, at the share of this machine's limits that bench.py found on a CPU "
+            f"({limit.products / 1e12:.2f} T operations/s in products, {limit.read / 1e9:.0f} GB/s read)."
+        )
+    else:
+        lines.append(f"Seconds can be predicted on the machine itself: there is no {device} here to measure.")
     return "\n".join(lines)
 
 

@@ -66,12 +66,33 @@ def test_resident_memory_is_weights_adapters_and_moments():
 
 
 def test_tiny_update_by_hand():
-    # 3 rows of 5 + 2 tokens: 21 tokens of which 6 are scored, in fp32.
+    # 3 rows of 5 + 2 x 1 tokens: 21 tokens of which 6 are scored, in fp32.
     inputs = 3 * 21 * 32  # two layers' inputs and the last output
     states = 2 * 6 * 32
-    layer = 21 * (3 * 32 + 4 * 32 + 4 * 48 + 7 * 4) + 21 * 3 * 48
+    gradients = 21 * 3 * 48
+    layer = 21 * (3 * 32 + 4 * 32 + 4 * 48 + 7 * 4) + gradients
     mask = 3 * 7 * 7 * 5
-    assert plan.update_bytes(TINY, Batch(3, 5, 2), 4, lora_r=4) == 4 * (inputs + states + layer) + mask
+    work = Batch(3, 5, 1, n=2)
+    assert plan.update_bytes(TINY, work, 4, lora_r=4) == 4 * (inputs + states + layer) + mask
+    kept = 2 * 21 * (6 * 32 + 5 * 32 + 4 * 48 + 7 * 4)
+    assert plan.update_bytes(TINY, work, 4, 4, recompute=False) == 4 * (kept + states + gradients) + mask
+    assert plan.update_bytes(TINY, Batch(3, 5, 1), 4, 4, recompute=False) < 4 * (kept + states + gradients)
+
+
+def test_predicted_seconds_by_hand():
+    cfg = replace(config_of("demo"), documents=1, group_size=2, max_new_tokens=10, kl_coef=0.0, judge="logits")
+    limit = plan.Limits(products=1e9, read=1e6)
+    read, written = plan.tokens_of(cfg)["update"]
+    linear, lora, head = 2 * TINY.linear_params, 2 * TINY.lora_params(32), 2 * 64 * 32
+    seconds = plan.seconds_of(TINY, cfg, limit, 4)
+    forward, backward = read * (linear + lora) + written * head, read * (linear + 2 * lora) + written * head
+    assert seconds["update"] == pytest.approx((forward + backward) / 1e9 / plan.REACHED["update"])
+    prompt = work_of(cfg)["solve"].prompt
+    step = 4 * (TINY.linear_params + 64 * 32) + 2 * (prompt + 5) * TINY.kv_bytes(4)  # bytes: reading takes longest
+    expected = prompt * linear / 1e9 / plan.REACHED["reading"] + 10 * step / 1e6 / plan.REACHED["decoding"]
+    assert seconds["solve"] == pytest.approx(expected)
+    again = plan.seconds_of(TINY, replace(cfg, recompute=True), limit, 4)["update"]
+    assert again - seconds["update"] == pytest.approx(forward / 1e9 / plan.REACHED["update"])
 
 
 def test_lora_parameters_are_those_peft_creates():
@@ -142,7 +163,8 @@ def test_no_batch_exceeds_its_token_budget(preset: str):
     cfg = config_of(preset)
     for role, batch in work_of(cfg).items():
         budget = cfg.update_tokens if role == "update" else cfg.rollout_tokens
-        assert batch.rows * (batch.prompt + batch.new) <= budget
+        tokens = batch.prompts * batch.prompt + batch.rows * batch.new
+        assert (tokens if role == "update" else batch.rows * (batch.prompt + batch.new)) <= budget
 
 
 def test_the_plan_says_what_it_will_do_and_that_memory_is_arithmetic():
