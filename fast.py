@@ -4,7 +4,10 @@ computed, never what: tests hold the tokens and gradients against the plain way.
 Shape letters as in model.py: B rows, P prompt tokens, T tokens of a row, D hidden size, V vocabulary.
 """
 
+import contextlib
+import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,13 +39,13 @@ def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def plain_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of a linear layer as numbers, (outputs, inputs)."""
+    """A copy of the weight of a linear layer as numbers, (outputs, inputs)."""
     from bitsandbytes import functional, nn
 
     weight: Any = layer.weight
     if isinstance(layer, nn.Linear4bit):
         return functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return weight.data.to(dtype)
+    return weight.data.to(dtype, copy=True)
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -54,7 +57,25 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return functools.partial(F.linear, weight=weight, bias=bias)
 
 
+@contextlib.contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Inside, blocks over 1 MiB come from the system and not from glibc's heap: among copies that stay, those that are
+    freed would leave holes there that the next does not fit, with a 0.5B model 40% of its weights."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    mallopt(threshold, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 2**25)  # both as high as glibc itself comes to set them
+        mallopt(trim, 2**26)
+
+
 @torch.no_grad()
+@large_blocks_apart()
 def unpacked_forwards(model: Any, dtype: torch.dtype, adapted: bool) -> dict[torch.nn.Module, Linear]:
     """module -> the forward it may be given for a phase without gradients: weights out of 4 bits, held in full.
 
@@ -67,7 +88,7 @@ def unpacked_forwards(model: Any, dtype: torch.dtype, adapted: bool) -> dict[tor
         weight = plain_weight(base, dtype)
         if adapted and dtype == torch.float32:
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            forwards[layer] = linear(torch.addmm(weight, b, a, alpha=layer.scaling["default"]), base.bias)
+            forwards[layer] = linear(weight.addmm_(b, a, alpha=layer.scaling["default"]), base.bias)
         else:
             forwards[base] = linear(weight, base.bias)
     head = model.get_output_embeddings()

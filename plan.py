@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 Device = Literal["cuda", "cpu"]
 GIB = 2**30
-# In memory beside the model. CUDA: its context and workspaces. CPU, measured with SmolLM2 and the shapes of the 7B:
-# imports 0.2, then tokenizer, threads and what the allocator keeps of blocks already freed.
-CONTEXT = {"cuda": int(0.8 * GIB), "cpu": int(0.75 * GIB)}
+# In memory beside the model. CUDA: its context and workspaces. CPU: imports 0.2, then tokenizer and threads.
+CONTEXT = {"cuda": int(0.8 * GIB), "cpu": int(0.45 * GIB)}
+# On a CPU glibc keeps a share of what is freed, most of it between the gradients as they grow. Measured at three sizes.
+KEPT = {"cuda": (1.0, 1.0), "cpu": (1.05, 1.1)}  # beside reading and writing, beside the update
 CARDS = {16: 13, 24: 20, 32: 27, 48: 44, 80: 74}  # GB of a card -> GiB to use; the allocator fragments the rest
 
 # Lengths in tokens, at most.
@@ -187,13 +188,14 @@ def predict(
     linear = 0.5 + 1 / 64 + 4 / (64 * 256) if load_in == "4bit" else dtype
     lora = shapes.lora_params(lora_r)
     unquantised = (shapes.embedding_params + shapes.other_params) * dtype
-    base = CONTEXT[device] + int(shapes.linear_params * linear) + unquantised
+    base = int(shapes.linear_params * linear) + unquantised
     resident = base + 4 * lora + (8 * lora if trained else 0)  # fp32 adapters, two Adam moments
     casts = 2 * lora if dtype == 2 else 0  # autocast keeps a bf16 copy of each adapter
     # One weight dequantised to be multiplied. While it is quantised at loading there are three in fp32 (as read,
-    # scaled, rounded); on CUDA one kernel does it.
+    # scaled, rounded); on CUDA one kernel does it. The embedding, in the 16 bits it is read in, may be larger.
     weight = shapes.largest_linear * dtype if load_in == "4bit" else 0
-    result = {"load": base + 4 * lora + (weight if device == "cuda" else 3 * weight)}
+    read = 2 * shapes.vocab * shapes.hidden if dtype == 4 else 0
+    result = {"load": base + 4 * lora + max(read, weight if device == "cuda" else 3 * weight)}
     for role, batch in work.items():
         if role == "update":  # with gradients; the first optimizer step makes the moments after the backward pass
             backward = casts + weight + update_bytes(shapes, batch, dtype, lora_r, recompute)
@@ -201,7 +203,8 @@ def predict(
         else:
             held = held_bytes(shapes, dtype) if dequantize else weight
             result[role] = resident + casts + held + reading_bytes(shapes, batch, dtype)
-    return result
+    kept = {role: KEPT[device][role == "update"] for role in result}
+    return {role: CONTEXT[device] + int(size * kept[role]) for role, size in result.items()}
 
 
 def held_bytes(shapes: Shapes, dtype: int) -> int:
@@ -301,13 +304,18 @@ def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     work, attempts, answers = work_of(cfg), cfg.documents * cfg.tries, cfg.documents * cfg.group_size
     rounds = math.ceil(cfg.tries / cfg.tries_at_once)
     tried = cfg.problem_tokens + min(3, cfg.tries_at_once) * cfg.reference_tokens
-    judged = answers * (2 if cfg.judge == "generate" else cfg.max_criteria)  # one retry, or a row for each criterion
+    judge, update = work["judge"], work["update"]
+    if cfg.judge == "generate":  # one retry
+        judged = (2 * answers * judge.prompt, 2 * answers * judge.new)
+    else:  # a row for each criterion, its beginning read once for all answers
+        judged = (judge.beginnings * (judge.prompt - judge.rest) + answers * cfg.max_criteria * judge.rest, 0)
+    rows = cfg.documents * math.ceil(cfg.group_size / update.n)
     return {
         "propose": ((cfg.documents * rounds + attempts) * work["propose"].prompt, attempts * tried),
         "solve": (cfg.documents * work["solve"].prompt, answers * cfg.max_new_tokens),
         "rubric": (2 * cfg.documents * work["rubric"].prompt, 4 * cfg.documents * work["rubric"].new),
-        "judge": (judged * work["judge"].prompt, judged * work["judge"].new),
-        "update": (answers * (work["update"].prompt + cfg.max_new_tokens), answers * cfg.max_new_tokens),
+        "judge": judged,
+        "update": (rows * update.prompt + answers * cfg.max_new_tokens, answers * cfg.max_new_tokens),
     }
 
 

@@ -58,11 +58,14 @@ def test_qwen_7b_by_hand():
 
 
 def test_resident_memory_is_weights_adapters_and_moments():
-    loaded = predict(TINY, {}, device="cpu", load_in="fp32", lora_r=4)["load"]
-    assert loaded == CONTEXT["cpu"] + 4 * (TINY.params + TINY.lora_params(4))
+    loaded = predict(TINY, {}, device="cuda", load_in="fp32", lora_r=4)["load"]
+    embedding_as_read = 2 * 64 * 32
+    assert loaded == CONTEXT["cuda"] + 4 * (TINY.params + TINY.lora_params(4)) + embedding_as_read
     work = {"solve": Batch(1, 1, 1)}
-    new, trained = (predict(TINY, work, device="cpu", lora_r=4, trained=t)["solve"] for t in (False, True))
+    new, trained = (predict(TINY, work, device="cuda", lora_r=4, trained=t)["solve"] for t in (False, True))
     assert trained - new == 8 * TINY.lora_params(4)
+    on_cpu = predict(TINY, {}, device="cpu", load_in="fp32", lora_r=4)["load"]
+    assert on_cpu - CONTEXT["cpu"] == int(1.05 * (loaded - CONTEXT["cuda"]))
 
 
 def test_tiny_update_by_hand():
@@ -177,7 +180,12 @@ def test_the_plan_says_what_it_will_do_and_that_memory_is_arithmetic():
 
 def test_tokens_of_a_step_are_counted_over_every_try_and_answer():
     cfg = replace(config_of("24gb"), documents=2, tries=3, group_size=4, max_new_tokens=10, judge="logits")
-    written = {role: tokens for role, (_, tokens) in plan.tokens_of(cfg).items()}
+    counted = plan.tokens_of(cfg)
+    written = {role: tokens for role, (_, tokens) in counted.items()}
+    judge, update = work_of(cfg)["judge"], work_of(cfg)["update"]
+    # 10 beginnings (a problem with a criterion) once, the rest of 8 answers x 5 criteria; each prompt once.
+    assert counted["judge"][0] == 10 * (judge.prompt - judge.rest) + 40 * (10 + plan.QUESTION)
+    assert update.n == 4 and counted["update"][0] == 2 * update.prompt + 8 * 10
     problem_and_reference = cfg.problem_tokens + cfg.reference_tokens
     assert written == {
         "propose": 2 * 3 * problem_and_reference,
