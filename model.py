@@ -192,6 +192,7 @@ def load(
     # bitsandbytes, which peft imports, warns of a missing CPU kernel that LLM.__post_init__ keeps out of use anyway.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft uses the older name
+    warnings.filterwarnings("ignore", message=".*past_key_values. is deprecated.*")  # `cache` is newer than 5.23
     from peft import LoraConfig, get_peft_model
 
     nf4 = BitsAndBytesConfig(

@@ -127,13 +127,16 @@ def test_logits_come_in_chunks_that_the_backward_pass_computes_again(llm):
     assert sorted(sizes) == [5, 5, 8, 8, 8, 8]
 
 
-def test_training_recomputes_the_layers_in_the_backward_pass_and_ends_in_eval_mode(llm):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_training_recomputes_the_layers_in_the_backward_pass_if_asked_and_ends_in_eval_mode(llm, recompute):
+    llm.model.get_base_model().activation_checkpointing_disable()
+    llm = LLM(llm.model, llm.tokenizer, recompute=recompute)
     calls: list[bool] = []
     layer = llm.model.get_base_model().model.layers[0]
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     with llm.training():
         llm.logps(*laid_out(ROWS, "left"), 0.7)[0].sum().backward()
-    assert len(calls) == 2
+    assert len(calls) == (2 if recompute else 1)
     assert not llm.model.training
 
 
