@@ -477,9 +477,9 @@ def table(report: dict[str, Any]) -> str:
 
 AXES: dict[str, tuple[int, ...]] = {
     "group_size": (4, 8, 16, 32),
-    "new_tokens": (64, 128, 256, 512, 1024),
-    "document_words": (128, 256, 512, 1024),
-    "criteria": (1, 2, 3, 4, 5),
+    "new_tokens": (64, 256, 512, 1024),
+    "document_words": (128, 512, 1024),
+    "criteria": (1, 3, 5),
 }
 SWEPT = ("propose", "solve", "rubric", "judge", "update")
 
@@ -498,22 +498,22 @@ def round_of_play(work: Work, line: Connection) -> None:
     episodes = ours.episodes()
     for e in episodes:
         e.document, e.reference = document, document.text[:200]
-    for _ in range(2):  # the first time only warms up
-        meter.clear()
-        with meter("propose"):
-            rubric.propose(llm, [document], cfg, random.Random(0))
-        with ours.replayed(), meter("solve"):
-            rubric.solve(llm, episodes, cfg)
-        with meter("rubric"):
-            rubric.write_rubrics(llm, [replace(e, rubric=[]) for e in episodes], cfg)
-        with meter("judge"):
-            rubric.judge(llm, episodes, cfg)
-        for e in episodes:
-            for i, answer in enumerate(e.answers):
-                answer.advantage = (-1.0) ** i
-        with meter("update"):
-            budgets = {"budgets": {"update": ours.cfg.update_tokens}, "nonfinite": 0}
-            pop.update(llm, ours.optimizer, ours.scheduler, episodes, cfg, budgets)
+    llm.generate([list(ours.prompt(ours.groups[0]))], max_new_tokens=2, temperature=1.0)  # warms up
+    meter.clear()
+    with meter("propose"):
+        rubric.propose(llm, [document], cfg, random.Random(0))
+    with ours.replayed(), meter("solve"):
+        rubric.solve(llm, episodes, cfg)
+    with meter("rubric"):
+        rubric.write_rubrics(llm, [replace(e, rubric=[]) for e in episodes], cfg)
+    with meter("judge"):
+        rubric.judge(llm, episodes, cfg)
+    for e in episodes:
+        for i, answer in enumerate(e.answers):
+            answer.advantage = (-1.0) ** i
+    with meter("update"):
+        budgets = {"budgets": {"update": ours.cfg.update_tokens}, "nonfinite": 0}
+        pop.update(llm, ours.optimizer, ours.scheduler, episodes, cfg, budgets)
     line.send({"seconds": dict(meter.seconds), "peak": dict(meter.peak)})
 
 
@@ -521,20 +521,24 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     """One axis at a time from a small base, each point in a fresh process."""
     base = Work(model=args.model, load_in=args.load_in, judge=args.judges[0], problems=1, group_size=4, new_tokens=64)
     spawn = multiprocessing.get_context("spawn")
+    measured: dict[Work, Any] = {}  # the base is a point of several axes
     points: dict[str, dict[int, Any]] = {}
     for axis, values in AXES.items():
         points[axis] = {}
         for value in values:
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=round_of_play, args=(Work(**{**asdict(base), axis: value}), theirs))
-            process.start()
-            theirs.close()
-            try:
-                points[axis][value] = ours.recv()
-            except EOFError:
-                raise UserError(f"the process measuring {axis} {value} ended; its error is above") from None
-            process.join()
-            seconds = "  ".join(f"{p} {points[axis][value]['seconds'][p]:.2f}" for p in SWEPT)
+            work = Work(**{**asdict(base), axis: value})
+            if work not in measured:
+                ours, theirs = spawn.Pipe()
+                process = spawn.Process(target=round_of_play, args=(work, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                try:
+                    measured[work] = ours.recv()
+                except EOFError:
+                    raise UserError(f"the process measuring {axis} {value} ended; its error is above") from None
+                process.join()
+            points[axis][value] = measured[work]
+            seconds = "  ".join(f"{p} {measured[work]['seconds'][p]:.2f}" for p in SWEPT)
             print(f"{axis:15} {value:5}  {seconds} s", flush=True)
     return {"work": asdict(base), "points": points}
 
@@ -556,25 +560,25 @@ def sweep_table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Seconds and GiB of each phase along each axis, both scales logarithmic."""
+    """Seconds (both scales logarithmic) and GiB of each phase along each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(AXES), figsize=(4 * len(AXES), 7), squeeze=False)
+    figure, axes = pyplot.subplots(2, len(AXES), figsize=(4 * len(AXES), 7), sharey="row", layout="constrained")
     for column, (axis, points) in enumerate(report["points"].items()):
         for row, (what, unit, label) in enumerate((("seconds", 1, "seconds"), ("peak", GIB, "peak memory, GiB"))):
             for phase in SWEPT:
                 axes[row][column].plot(
                     list(points), [m[what][phase] / unit for m in points.values()], "o-", label=phase
                 )
-            axes[row][column].set(xscale="log", yscale="log", xlabel=axis.replace("_", " "), ylabel=label)
+            axes[row][column].set(xscale="log", yscale=("log", "linear")[row], xlabel=axis.replace("_", " "), ylabel=label)
             axes[row][column].set_xticks(list(points), [str(value) for value in points])
             axes[row][column].minorticks_off()
             axes[row][column].grid(alpha=0.3)
-    axes[0][0].legend()
-    figure.tight_layout()
+    axes[1][0].set_ylim(bottom=0)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SWEPT))
     figure.savefig(path, dpi=110)
 
 
