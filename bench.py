@@ -573,7 +573,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 axes[row][column].plot(
                     list(points), [m[what][phase] / unit for m in points.values()], "o-", label=phase
                 )
-            axes[row][column].set(xscale="log", yscale=("log", "linear")[row], xlabel=axis.replace("_", " "), ylabel=label)
+            scale, name = ("log", "linear")[row], axis.replace("_", " ")
+            axes[row][column].set(xscale="log", yscale=scale, xlabel=name, ylabel=label)
             axes[row][column].set_xticks(list(points), [str(value) for value in points])
             axes[row][column].minorticks_off()
             axes[row][column].grid(alpha=0.3)
