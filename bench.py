@@ -161,6 +161,16 @@ class Ours:
         self.optimizer, self.scheduler = pop.make_optimizer(self.llm, replace(self.cfg, steps=10**6))
         self.decoding = 0.0  # seconds inside the decoding loop of the rollout
         self.steps: list[tuple[int, int]] = []  # its (rows, tokens in the cache of each)
+        self.count_positions()
+
+    def count_positions(self) -> None:
+        """Positions that went through the model in each phase, padding included."""
+        self.positions: dict[str, int] = defaultdict(int)
+
+        def count(module: Any, args: Any, output: torch.Tensor) -> None:
+            self.positions[self.meter.phase] += output.shape[0] * output.shape[1]
+
+        self.llm.model.get_input_embeddings().register_forward_hook(count)
 
     def episodes(self) -> list[Episode]:
         return [
@@ -207,6 +217,7 @@ class Ours:
         llm, cfg, meter, episodes = self.llm, self.cfg, self.meter, self.episodes()
         meter.clear()
         self.decoding, self.steps = 0.0, []
+        self.positions.clear()
         with self.replayed(), meter("rollout"):
             rubric.solve(llm, episodes, cfg)
         assert [sorted(a.ids for a in e.answers) for e in episodes] == [sorted(g.answers) for g in self.groups]
@@ -230,6 +241,7 @@ class Ours:
             "loss": result["loss"],
             "decoding": self.decoding,
             "decode_steps": self.steps,
+            "positions": dict(self.positions),
         }
 
     def operations(self) -> dict[str, Any]:
@@ -380,6 +392,9 @@ def summary(work: Work, sides: Sequence[Side], needed: dict[str, Any], limit: di
             "idle GiB": side.idle / GIB,
             "tokens": side.results[0]["tokens"],
         }
+        medians = {p: result[side.name]["seconds"][p]["median"] for p in PHASES}
+        amounts = side.results[0]["tokens"] | {"judge": work.problems * work.group_size * work.criteria}
+        result[side.name]["a second"] = {p: amounts[p] / medians[p] for p in PHASES}
     ours = sides[0]
     if len(sides) > 1:
         counted = {json.dumps(r["tokens"]) for side in sides for r in side.results}
@@ -404,6 +419,8 @@ def summary(work: Work, sides: Sequence[Side], needed: dict[str, Any], limit: di
     least = decode_seconds(plan.shapes_of(work.model), ours.results[0]["decode_steps"], products, read)
     shares["decoding"] = least / decoding
     result["share of the limit"] = shares
+    positions = ours.results[0]["positions"]
+    result["padding"] = {phase: 1 - counts["tokens"] / positions[phase] for phase, counts in needed.items()}
     steps = ours.results[0]["decode_steps"]
     result["decoding"] = {
         "seconds": decoding,
@@ -464,6 +481,13 @@ def table(report: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
         lines.append("tokens, both sides: " + ", ".join(f"{k} {v:,}" for k, v in result["ours"]["tokens"].items()))
+        for side in sides:
+            rates = result[side]["a second"]
+            lines.append(
+                f"{side} a second: {rates['rollout']:.0f} tokens in the rollout, {rates['judge']:.1f} ratings, "
+                f"{rates['update']:.0f} tokens in the update"
+            )
+        lines.append("padding, of all positions: " + ", ".join(f"{k} {v:.0%}" for k, v in result["padding"].items()))
         d = result["decoding"]
         lines.append(f"decoding: {d['steps']} steps, {d['rows']:.1f} rows on average, {d['tokens/s']:.0f} tokens/s")
         lines.append(

@@ -63,6 +63,7 @@ def tiny_side(llm, judge: str) -> bench.Ours:
     answers = [[[65, 66, END], [67] * 9, [68, 69, 70, 71, END]], [[72, END], [73, END], [74] * 9]]
     side.groups = [Group(problem, criteria, own) for problem, own in zip(("Why?", "How so?"), answers, strict=True)]
     side.optimizer, side.scheduler = pop.make_optimizer(llm, side.cfg)
+    side.count_positions()
     return side
 
 
@@ -83,6 +84,19 @@ def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, judge, monke
     assert fast.decode is decode
     # Six rows to step 3, when three have ended; one of the other three ends in step 5, too few to make two leave.
     assert [rows for rows, _ in result["decode_steps"]] == [6] * 3 + [3] * 6
+
+
+def test_padding_is_what_went_through_the_model_beyond_the_tokens_needed(llm, monkeypatch):
+    side = tiny_side(llm, "logits")
+    shapes = Shapes(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=64, vocab=259)
+    monkeypatch.setattr(plan, "shapes_of", lambda name: shapes)
+    result, needed = side.step(), side.operations()
+    # Both problems' prompts once and their answers, in rows of one problem each, for the reference and the gradient.
+    rows = [len(side.prompt(g)) + sum(map(len, g.answers)) for g in side.groups]
+    assert needed["update"]["tokens"] == 2 * sum(rows)
+    together = sum(rows) * 2 if max(rows) * 2 > side.update_tokens() else 2 * max(rows) * 2
+    assert result["positions"]["update"] == together
+    assert result["positions"]["judge"] >= needed["judge"]["tokens"]
 
 
 def test_operations_of_an_update_by_hand(llm, monkeypatch):
