@@ -80,9 +80,7 @@ def groups_of(work: Work, tokenizer: Any, eos: int) -> list[Group]:
     for number in range(work.problems):
         record = records[number % len(records)]
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in record["answers"]]
-        answers = [
-            [token for k in range(stretch) for token in [*ids[(i + k) % len(ids)]]] for i in range(work.group_size)
-        ]
+        answers = [[token for k in range(stretch) for token in ids[(i + k) % len(ids)]] for i in range(work.group_size)]
         answers = [[*answer, eos][: work.new_tokens] for answer in answers]
         groups.append(Group(record["problem"], [Criterion(**c) for c in record["rubric"][: work.criteria]], answers))
     return groups
@@ -144,17 +142,17 @@ class Meter:
 class Ours:
     """One step of pop.py at a time, on recorded answers."""
 
-    def __init__(self, work: Work, dequantize: bool = True) -> None:
+    def __init__(self, work: Work) -> None:
         self.work, self.meter = work, Meter()
         overrides = {**pop.PRESETS["demo"], "model": work.model, "load_in": work.load_in, "judge": work.judge}
-        overrides |= {"group_size": work.group_size, "max_new_tokens": work.new_tokens, "dequantize": dequantize}
+        overrides |= {"group_size": work.group_size, "max_new_tokens": work.new_tokens}
         overrides |= {"temperature": work.temperature, "kl_coef": work.kl_coef, "documents": work.problems}
         self.cfg = pop.Config(**overrides)
         self.llm = model.load(
             work.model,
             load_in=work.load_in,
             token_budget=self.cfg.rollout_tokens,
-            dequantize=dequantize,
+            dequantize=self.cfg.dequantize,
             recompute=self.cfg.recompute,
         )
         self.groups = groups_of(work, self.llm.tokenizer, self.llm.eos_ids[0])
@@ -184,7 +182,7 @@ class Ours:
         left = {self.prompt(group): list(group.answers) for group in self.groups}
         decode = fast.decode
 
-        def timed(llm: Any, input_ids: torch.Tensor, processors: LogitsProcessorList, **named: Any) -> torch.Tensor:
+        def timed(llm: Any, input_ids: torch.Tensor, logits_processor: Any, **named: Any) -> torch.Tensor:
             mask = named["mask"]
             rows = [left[tuple(ids[kept.bool()].tolist())].pop() for ids, kept in zip(input_ids, mask, strict=True)]
             length = input_ids.shape[1]
@@ -196,13 +194,11 @@ class Ours:
             first, shown, named["progress"] = len(self.steps), named["progress"], progress
             replay = Replay(rows, self.llm.eos_ids[0])
             start = time.perf_counter()
-            result = decode(llm, input_ids, logits_processor=LogitsProcessorList([*processors, replay]), **named)
+            result = decode(llm, input_ids, logits_processor=LogitsProcessorList([*logits_processor, replay]), **named)
             self.decoding += time.perf_counter() - start
             return result
 
-        fast.decode = lambda llm, input_ids, logits_processor, **named: timed(  # type: ignore[assignment]
-            llm, input_ids, logits_processor, **named
-        )
+        fast.decode = timed  # type: ignore[assignment]
         try:
             yield
         finally:
@@ -227,7 +223,7 @@ class Ours:
             e.answers = [a for a in e.answers if a.ratings is not None]
             grades = [rubric.grade(a.ratings or [], e.rubric) for a in e.answers]
             for a, advantage in zip(e.answers, pop.group_advantages(grades), strict=True):
-                a.grade, a.advantage = advantage, advantage
+                a.advantage = advantage
         budgets = {"budgets": {"update": self.update_tokens()}, "nonfinite": 0}
         with meter("update"):
             result = pop.update(llm, self.optimizer, self.scheduler, episodes, cfg, budgets)
