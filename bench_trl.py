@@ -14,12 +14,12 @@ import transformers
 import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList
 from trl import GRPOConfig, GRPOTrainer
 
 import rubric
 from bench import Group, Meter, Replay, Work, groups_of
+from fast import batches, positions
 from forms import FormFiller
 from model import LLM, resolve
 from pop import PRESETS, Config
@@ -62,20 +62,7 @@ class Judge:
         return [None if r is None else rubric.grade(r, g.rubric) for r, (g, _) in zip(ratings, pairs, strict=True)]
 
     def batches(self, lengths: list[int]) -> list[list[int]]:
-        """Rows of similar length under the token budget (rows x longest), longest first."""
-        plan: list[list[int]] = []
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if plan and (len(plan[-1]) + 1) * lengths[plan[-1][0]] <= self.token_budget:
-                plan[-1].append(i)
-            else:
-                plan.append([i])
-        return plan
-
-    def padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded ids and their mask, each (B, P)."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.llm.pad_id, "left")
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
-        return ids.to(self.llm.device), mask.to(self.llm.device)
+        return batches([[i] for i in range(len(lengths))], lengths, self.token_budget)
 
     def by_logits(self, pairs: list[tuple[Group, str]]) -> list[list[float] | None]:
         """Expected ratings, as rubric.judge_by_logits: one row for each answer and criterion."""
@@ -84,8 +71,8 @@ class Judge:
         _, digits = llm.choice_ids("", "012")
         expected = torch.empty(len(rows))
         for indices in self.batches([len(row) for row in rows]):
-            ids, mask = self.padded([rows[i] for i in indices])
-            at = (mask.cumsum(-1) - 1).clamp(min=0)  # positions counted from the first real token
+            ids, mask = llm.pad([rows[i] for i in indices], side="left")
+            at = positions(mask)
             output = llm.model(input_ids=ids, attention_mask=mask, position_ids=at, use_cache=False, logits_to_keep=1)
             probs = output.logits[:, -1, digits].float().softmax(-1).cpu()  # (B, 3)
             expected[indices] = probs @ torch.tensor([0.0, 1.0, 2.0])
@@ -106,7 +93,7 @@ class Judge:
         )
         ratings: list[list[float] | None] = [None] * len(pairs)
         for indices in self.batches([len(row) + room for row in rows]):
-            ids, mask = self.padded([rows[i] for i in indices])
+            ids, mask = llm.pad([rows[i] for i in indices], side="left")
             forms = FormFiller(llm, [rubric.judge_form(len(pairs[i][0].rubric)) for i in indices])
             output = llm.model.generate(
                 input_ids=ids,
