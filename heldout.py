@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import scipy.stats
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
@@ -54,10 +55,19 @@ def prepare(llm: LLM, corpus: Corpus, cfg: "Config", run: Path, phase: Phase = p
 def set_aside(corpus: Corpus, n: int, cfg: "Config") -> list[Document]:
     """The built-in corpus has held-out documents of its own; of any other its first n, at most half of them all."""
     if corpus.name == "samples":
-        own = Corpus("heldout", task=cfg.task, min_words=cfg.min_words, max_words=cfg.max_words, seed=cfg.seed)
-        return list(islice(own.epoch(0), n))
+        return list(islice(built_in(cfg), n))
     seen = list(islice(corpus.epoch(0), 2 * n))
     return seen[: len(seen) // 2]
+
+
+def built_in(cfg: "Config") -> Iterator[Document]:
+    own = Corpus("heldout", task=cfg.task, min_words=cfg.min_words, max_words=cfg.max_words, seed=cfg.seed)
+    return own.epoch(0)
+
+
+def candidates(corpus: Corpus, cfg: "Config") -> Iterator[Document]:
+    """Documents to measure on, as far as training has not seen them."""
+    return itertools.chain(built_in(cfg) if corpus.name == "samples" else (), corpus.epoch(0))
 
 
 def without(corpus: Corpus, episodes: Sequence[Episode]) -> Iterator[Document]:
@@ -236,16 +246,12 @@ def mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-
 def interval(values: Sequence[float]) -> dict[str, float | None]:
     """The mean and its 95% interval (Student's t); None where there are too few values."""
     n = len(values)
     if n < 2:
         return {"mean": mean(values), "low": None, "high": None}
-    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
+    t = float(scipy.stats.t.ppf(0.975, n - 1))
     center, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
     return {"mean": center, "low": center - half, "high": center + half}
 
@@ -271,6 +277,11 @@ def table(result: dict[str, Any]) -> str:
         fired = ", ".join(f"{name} {count}/{probe['answers']}" for name, count in probe["fired"].items())
         bar = "" if probe["probe"] == probe["bar"] else probe["bar"]
         rows.append([probe["probe"], bar, *cells(probe, "off"), *cells(probe, "on"), fired])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its columns aligned; the first row is the head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

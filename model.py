@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import (
@@ -45,7 +46,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 # What a tokenizer without a chat template (a base model) is given instead.
-PLAIN_FORMAT = "{system}\n\n### Request\n{user}\n\n### Response\n"
+PLAIN_FORMAT = {
+    "system": "{content}",
+    "user": "\n\n### Request\n{content}\n\n### Response\n",
+    "assistant": "{content}",
+}
 
 # A text must not spell out the headings of PLAIN_FORMAT.
 PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
@@ -297,6 +302,28 @@ class LLM:
         with self.model.disable_adapter():
             yield
 
+    def take_adapter(self, folder: Path) -> None:
+        """Put a saved adapter, such as a run's `adapter/`, in the place of the present one; it is not to be trained on.
+
+        Raises UserError if it cannot be read, belongs to another model, or is no plain LoRA on every linear layer.
+        """
+        from peft import PeftConfig
+
+        self.unpacked = None
+        try:
+            config: Any = PeftConfig.from_pretrained(str(folder))
+            plain = config.peft_type == "LORA" and not (config.use_dora or config.modules_to_save)
+            if not plain or config.bias != "none":
+                raise ValueError("only plain LoRA adapters can be used")
+            self.model.delete_adapter("default")
+            missing = self.model.load_adapter(str(folder), "default").missing_keys
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"adapter {folder} cannot be used with this model: {reason}") from None
+        if missing or any("default" not in layer.lora_A for layer in fast.lora_layers(self.model)):
+            raise UserError(f"adapter {folder} is not of this model: it lacks weights for some of its linear layers")
+        self.model.eval()
+
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Inside, with `recompute`, activations are computed again in the backward pass; nothing else differs."""
@@ -319,9 +346,10 @@ class LLM:
         layers = fast.lora_layers(self.model)
         adapted = not layers[0].disable_adapters
         versions = [p._version for p in self.model.parameters() if p.requires_grad] if adapted else []
-        if self.unpacked is None or self.unpacked[0] != versions:
+        kind = (adapted, versions)
+        if self.unpacked is None or self.unpacked[0] != kind:
             self.unpacked = None  # never two copies
-            self.unpacked = versions, fast.unpacked_forwards(self.model, self.dtype, adapted)
+            self.unpacked = kind, fast.unpacked_forwards(self.model, self.dtype, adapted)
         forwards = self.unpacked[1]
         usual = {module: module.__dict__.get("forward") for module in forwards}
         try:
@@ -355,16 +383,21 @@ class LLM:
         return text
 
     def encode(self, system: str, user: str, prefill: str = "") -> list[int]:
-        """One exchange -> prompt ids ending where the assistant's text goes on after `prefill`.
+        """One exchange -> prompt ids ending where the assistant's text goes on after `prefill`."""
+        messages = [{"role": "system", "content": system}] if system else []
+        return self.encode_messages([*messages, {"role": "user", "content": user}], prefill)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]], prefill: str = "") -> list[int]:
+        """A conversation (role and content of each turn, the last the user's) -> prompt ids, as `encode` gives them.
 
         Only the chat template can produce special tokens: whatever the texts spell out stays ordinary text.
         """
-        system, user, prefill = (self.neutralise(text) for text in (system, user, prefill))
+        messages = [{"role": m["role"], "content": self.neutralise(m["content"])} for m in messages]
+        prefill = self.neutralise(prefill)
         if self.tokenizer.chat_template is None:
-            system, user = (PLAIN_HEADINGS.sub("## #", text) for text in (system, user))
-            return self.tokenizer(PLAIN_FORMAT.format(system=system, user=user) + prefill).input_ids
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": user})
+            turns = ((m["role"], PLAIN_HEADINGS.sub("## #", m["content"])) for m in messages)
+            plain = "".join(PLAIN_FORMAT[role].format(content=content) for role, content in turns)
+            return self.tokenizer(plain + prefill).input_ids
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(prompt + prefill, add_special_tokens=False).input_ids
 
