@@ -200,9 +200,10 @@ def problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) ->
 
 
 def judged(
-    judge: LocalJudge | EndpointJudge, questions: Sequence[Question], label: str, args: argparse.Namespace
+    judge: LocalJudge | EndpointJudge, items: Iterable[Iterable[Question]], label: str, args: argparse.Namespace
 ) -> dict[str, Value | None]:
     """question id -> verdict, None if unjudged; those on disk are read, the others written down as they come."""
+    questions = [question for item in items for question in item]
     path = args.folder / f"verdicts-{slug(judge.label)}-{label}.jsonl"
     asked = {q.id: digest(q.messages) for q in questions}
     values = {
@@ -222,12 +223,10 @@ def judged(
     return values
 
 
-def make_judge(llm: LLM | None, args: argparse.Namespace) -> LocalJudge | EndpointJudge:
-    """The endpoint, or the base model that has just answered, or another one in its place (llm is None)."""
-    if args.judge_url:
-        return EndpointJudge(args.judge_url, args.judge)
+def local_judge(llm: LLM | None, args: argparse.Namespace) -> LocalJudge:
+    """The base model that has just answered or, where llm is None, the one that is named, loaded in its place."""
     if llm is None:
-        gc.collect()  # the answering model is of no use any more
+        gc.collect()
         torch.cuda.empty_cache()
         return LocalJudge(load(args.judge, args), args.judge)
     print(
@@ -251,25 +250,26 @@ def evaluate(args: argparse.Namespace) -> None:
     """Answers, verdicts and results of a benchmark; all is on disk as it comes, so that a killed one goes on."""
     bench, adapters = BENCHMARKS[args.bench], settle(args)
     check(args, adapters)
+    endpoint = EndpointJudge(args.judge_url, args.judge) if args.judge_url else None
     items = chosen(bench.read(args), args)
+    for item in items[:1]:
+        bench.questions(item, "an answer", "another")  # whether the judge's prompts are at hand
     args.max_new_tokens = args.max_new_tokens or bench.max_new_tokens or args.config.max_new_tokens
     args.folder = folder(args)
     with checkpoint.locked(args.folder):
         print(f"{args.bench}: {bench.about}\n{args.model} in {args.load_in}, {sampling(args)}; all in {args.folder}/")
-        policy = load(args.model, args)
-        items, answers = answer_all(policy, items, adapters, args)
-        llm: LLM | None = policy
+        llm = load(args.model, args)
+        items, answers = answer_all(llm, items, adapters, args)
         asked = {
             label: [bench.questions(i, own[i.id]["text"], answers["base"][i.id]["text"]) for i in items]
             for label, own in answers.items()
         }
-        judge, values = None, dict[str, dict[str, Value | None]]()
-        if any(questions for each in asked.values() for questions in each):
+        judge: LocalJudge | EndpointJudge | None = endpoint
+        if any(questions for each in asked.values() for questions in each) and judge is None:
             if args.judge not in (None, args.model):
-                llm = None
-            judge = make_judge(llm, args)
-            for label, each in asked.items():
-                values[label] = judged(judge, [q for questions in each for q in questions], label, args)
+                llm = None  # type: ignore[assignment]  # it makes room for the judge
+            judge = local_judge(llm, args)
+        values = {label: judged(judge, each, label, args) for label, each in asked.items()} if judge else {}
         scores = {
             label: {
                 item.id: bench.score(item, answers[label][item.id]["text"], [values[label][q.id] for q in questions])
@@ -362,6 +362,7 @@ def compare(args: argparse.Namespace) -> None:
 def chat(args: argparse.Namespace) -> None:
     """Talk to the base model and to an adapter side by side."""
     (adapter,) = settle(args)
+    args.max_new_tokens = args.max_new_tokens or 512
     llm = load(args.model, args)
     llm.take_adapter(adapter.folder)
     histories: dict[str, list[dict[str, str]]] = {"base": [], adapter.label: []}
@@ -458,7 +459,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=compare)
     command = commands.add_parser("chat", help=chat.__doc__, description=chat.__doc__, parents=[models])
     command.add_argument("--adapter", nargs=1, required=True, metavar="RUN", help="a run, or a folder such as RUN/best")
-    command.set_defaults(run=chat, max_new_tokens=512)
+    command.set_defaults(run=chat)
 
     command = commands.add_parser("audit", help=audit.__doc__, description=audit.__doc__)
     command.add_argument("--preset", choices=list(pop.PRESETS), help="settings to start from; default: by hardware")

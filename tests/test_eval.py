@@ -168,6 +168,14 @@ def test_two_copies_of_an_adapter_score_the_same_and_no_change_is_reported(tiny,
     assert "no detectable change (+0.000, 95% interval +0.000 to +0.000, p = 1, 6 items)" in said
 
 
+@pytest.mark.parametrize(("bench", "tokens"), [("ifeval", 1280), ("healthbench", 1024), ("writing", 2048)])
+def test_answers_may_be_as_long_as_the_benchmark_says_unless_told_otherwise(bench, tokens, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "answer_all", lambda *_: pytest.fail("answers"))
+    with pytest.raises(pytest.fail.Exception, match="answers"):
+        evaluation.main([bench, "--model", "tiny", "--load-in", "fp32", "--output", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["max_new_tokens"] == tokens
+
+
 def test_a_limit_takes_prompts_at_random_and_a_higher_one_adds_to_them(tiny, tmp_path):
     ids = []
     for limit in (4, 7):

@@ -7,9 +7,6 @@ import pytest
 import ifeval
 from data import UserError
 
-pytest.importorskip("eval_framework")
-pytest.importorskip("punkt")
-
 ENGLISH = "The river rises in the hills and flows slowly to the sea, past three old towns."
 GERMAN = "Der Fluss entspringt in den Bergen und fließt langsam an drei alten Städten vorbei ins Meer."
 FRENCH = "La rivière prend sa source dans les collines et coule lentement vers la mer."

@@ -294,7 +294,11 @@ def test_a_reply_cut_off_before_its_verdict_says_so(endpoint):
     ],
 )
 def test_thoughts_are_not_read(endpoint, reply, value):
-    verdict = asked(endpoint(lambda *_: reply).judge(), [question("q")])["q"]
+    def first(said):
+        return float(found[1]) if (found := re.search(r"Rating: (\d+)", said)) else None
+
+    some = [Question("q", [{"role": "user", "content": "q"}], FORM, first, 16)]
+    verdict = asked(endpoint(lambda *_: reply).judge(), some)["q"]
     assert (verdict.value, verdict.reply) == (value, reply)
 
 
