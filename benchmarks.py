@@ -210,10 +210,8 @@ def filled(template: str, texts: dict[str, str]) -> str:
 
 
 def read_met(reply: str) -> float | None:
-    record = read_json(reply) or {}
-    if isinstance(record.get("criteria_met"), bool):
-        return float(record["criteria_met"])
-    found = re.findall(r'"criteria_met"\s*:\s*(true|false)\b', reply)  # quotes in an explanation break the JSON
+    """1 or 0, by what is said last."""
+    found = re.findall(r'"criteria_met"\s*:\s*(true|false)\b', reply)  # an explanation may break the JSON
     return float(found[-1] == "true") if found else None
 
 

@@ -29,6 +29,16 @@ class Field:
     within: str = ""
 
 
+def room(llm: "LLM", form: Sequence[Field]) -> int:
+    """The most tokens that a filled form can take, its end token included."""
+    longest = [
+        max((len(llm.text_ids(line.label + c)) for c in line.choices), default=0)
+        or len(llm.text_ids(line.label)) + line.max_tokens
+        for line in form
+    ]
+    return sum(longest) + len(form)  # a line end after each, the end token after the last
+
+
 class FormFiller(LogitsProcessor):
     """Makes each row fill in its form: labels are forced, values are the model's own.
 

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from tqdm.auto import tqdm
 
 from data import UserError
+from forms import Field, room
 
 if TYPE_CHECKING:
-    from forms import Field
     from model import LLM
 
 Value = float | list[float]  # what a verdict is: 0 or 1, a score, ratings, a preference
@@ -50,9 +50,9 @@ class Question:
 
     id: str  # unique within an evaluation, e.g. "item-17/3"
     messages: list[dict[str, str]]  # chat messages: optional system, then user
-    form: "list[Field]"  # how a local model is made to answer
+    form: list[Field]  # how a local model is made to answer
     read: Callable[[str], Value | None]  # the reply -> the verdict; None: nonsense
-    max_tokens: int  # room for the reply
+    max_tokens: int  # room for the reply of an endpoint
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,30 @@ class LocalJudge:
 
         Questions that begin alike are asked together, because what they share is read once.
         """
-        ordered = sorted(questions, key=lambda q: (q.max_tokens, [m["content"] for m in q.messages]))
+        ordered = sorted(questions, key=lambda q: (room(self.llm, q.form), [m["content"] for m in q.messages]))
         with tqdm(total=len(ordered), desc="judge", unit="verdict", leave=False) as bar:
-            for room, group in groupby(ordered, key=lambda q: q.max_tokens):
+            for tokens, group in groupby(ordered, key=lambda q: room(self.llm, q.form)):
                 alike = list(group)
                 for at in range(0, len(alike), CHUNK):
-                    verdicts = self._judge(alike[at : at + CHUNK], room)
+                    verdicts = self._judge(alike[at : at + CHUNK], tokens)
                     keep(verdicts)
                     bar.update(len(verdicts))
 
-    def _judge(self, questions: Sequence[Question], room: int) -> list[Verdict]:
+    def _judge(self, questions: Sequence[Question], tokens: int) -> list[Verdict]:
         prompts = [(q, self.llm.encode_messages(q.messages)) for q in questions]
         context = self.llm.context
-        fitting = [(q, prompt) for q, prompt in prompts if len(prompt) + room <= context]
+        fitting = [(q, prompt) for q, prompt in prompts if len(prompt) + tokens <= context]
         verdicts = [
-            Verdict(q.id, None, "", f"too long for the judge: {len(prompt) + room} tokens, its context is {context}")
+            Verdict(q.id, None, "", f"too long for the judge: {len(prompt) + tokens} tokens, its context is {context}")
             for q, prompt in prompts
-            if len(prompt) + room > context
+            if len(prompt) + tokens > context
         ]
         if not fitting:
             return verdicts
         with self.llm.adapters_off():
             outputs = self.llm.generate(
                 [prompt for _, prompt in fitting],
-                max_new_tokens=room,
+                max_new_tokens=tokens,
                 temperature=0,
                 forms=[q.form for q, _ in fitting],
                 desc="judge",

@@ -324,23 +324,23 @@ def test_healthbench_by_an_endpoint_with_known_verdicts_is_the_score_worked_out_
 
 
 def test_an_unjudged_answer_is_left_out_and_counted_and_asked_for_again(tiny, tmp_path, endpoint, capsys):
-    more = ("--limit", 4, "--judge-url", endpoint.url, "--judge", "moody", "--lang", "en")
-    endpoint.say = lambda prompt: "no comment" if len(endpoint.asked) < 4 else '{"score": 6, "reason": "fair"}'
-    evaluation.main(command("writing", tmp_path, *more))
-    result = json.loads((tmp_path / "out" / "results-moody.json").read_text())["models"]["base"]
-    if result["unjudged"]:
-        assert f"{result['unjudged']} answers are unjudged and left out" in capsys.readouterr().out
-    assert result["metrics"]["score"]["value"] == 6.0
-    assert result["metrics"]["score"]["n"] == 4 - result["unjudged"]
-    endpoint.say = lambda prompt: "nonsense"
-    (tmp_path / "out" / "verdicts-moody-base.jsonl").unlink()
-    evaluation.main(command("writing", tmp_path, *more))
-    result = json.loads((tmp_path / "out" / "results-moody.json").read_text())["models"]["base"]
-    assert result["unjudged"] == 4 and result["metrics"]["score"]["value"] is None  # and not 0
-    endpoint.say = lambda prompt: '{"score": 3, "reason": "poor"}'
-    evaluation.main(command("writing", tmp_path, *more))
-    result = json.loads((tmp_path / "out" / "results-moody.json").read_text())["models"]["base"]
-    assert result["unjudged"] == 0 and result["metrics"]["score"]["value"] == 3.0
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of("writing")))
+
+    def measured(say):
+        endpoint.say = say
+        endpoint.asked.clear()
+        more = ("--data", data, "--judge-url", endpoint.url, "--judge", "moody")
+        evaluation.main(command("writing", tmp_path, *more))
+        of_base = json.loads((tmp_path / "out" / "results-moody.json").read_text())["models"]["base"]
+        return of_base["unjudged"], of_base["metrics"]["score"]["value"], of_base["metrics"]["score"]["n"]
+
+    six = '{"score": 6, "reason": "fair"}'
+    assert measured(lambda prompt: "no comment") == (4, None, 0)  # and not 0
+    assert measured(lambda prompt: "no comment" if "three rivers" in prompt else six) == (1, 6.0, 3)
+    assert "1 answers are unjudged and left out; the same command asks for them again" in capsys.readouterr().out
+    assert measured(lambda prompt: '{"score": 2, "reason": "poor"}') == (0, (3 * 6 + 2) / 4, 4)
+    assert len(endpoint.asked) == 2  # the two criteria of the one
 
 
 def test_another_local_judge_is_loaded_in_the_policy_s_place(tiny, tmp_path, prompts, run, capsys):

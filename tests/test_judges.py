@@ -119,8 +119,8 @@ def test_what_a_local_judge_says_is_read(llm):
 
 
 def test_a_question_beyond_the_context_is_unjudged_and_says_by_how_much(llm):
-    long = question("long", "word " * 500, max_tokens=16)
-    tokens = len(llm.encode_messages(long.messages)) + 16
+    long = question("long", "word " * 500)
+    tokens = len(llm.encode_messages(long.messages)) + len("Rating: 10\n")  # or the end token, in bytes
     verdicts = asked(LocalJudge(llm, "tiny"), [*longer(2), long])
     assert verdicts["long"].value is None
     assert verdicts["long"].reason == f"too long for the judge: {tokens} tokens, its context is 2048"
@@ -138,10 +138,11 @@ def test_each_question_is_answered_on_its_own_form(llm):
 
 
 def test_a_question_that_just_fits_is_judged(llm):
-    room = 2048 - len(llm.encode_messages(question("q").messages))
-    verdicts = asked(
-        LocalJudge(llm, "tiny"), [question("q", max_tokens=room), question("q+", "q", room + 1), *longer(1)]
-    )
+    """With room for the longest reply that its form allows, whatever an endpoint might need."""
+    template = len(llm.encode_messages(question("", " ").messages)) - 1
+    longest = "a" * (2048 - template - len("Rating: 10\n"))
+    some = [question("q", longest, max_tokens=10_000), question("q+", longest + "a"), *longer(1)]
+    verdicts = asked(LocalJudge(llm, "tiny"), some)
     assert [verdicts[name].value is None for name in ("q", "q+", "q0")] == [False, True, False]
 
 
@@ -273,7 +274,8 @@ def test_nonsense_three_times_is_unjudged_and_not_0(endpoint):
 @pytest.mark.parametrize("content", [None, "", " \n", [{"text": "Rating: 7"}]])
 def test_a_reply_without_text_is_nonsense(endpoint, content):
     server = endpoint(lambda text, n, request: {"message": {"content": content, "reasoning_content": "Rating: 7"}})
-    verdict = asked(server.judge(), [question("q")])["q"]
+    anything = Question("q", [{"role": "user", "content": "q"}], FORM, lambda reply: 1.0, 16)
+    verdict = asked(server.judge(), [anything])["q"]
     assert (verdict.value, verdict.reason, len(server.requests)) == (None, "no verdict in the reply", 3)
 
 
@@ -413,7 +415,7 @@ def test_the_key_reaches_the_server_and_nothing_else(endpoint, monkeypatch, caps
     monkeypatch.setenv("JUDGE_API_KEY", KEY + "\n")
     caplog.set_level("DEBUG")
     echo = f"Incorrect API key provided: {KEY}"
-    script = {"q0": "Rating: 7", "q1": echo, "q2": (400, echo), "q3": (500, echo), "q4": (422, "x" * 470 + KEY)}
+    script = {"q0": "Rating: 7", "q1": echo, "q2": (400, echo), "q3": (500, echo), "q4": (422, "x" * 475 + KEY)}
     script["q5"] = json.dumps({"error": echo}).encode()
     server = endpoint(lambda text, n, request: script.get(text, (401, echo)))
     judge = server.judge(tries=2)
