@@ -432,7 +432,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--seed", type=int, default=0)
     models.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     models.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens; default: the benchmark's")
-    models.add_argument("--token-budget", type=int, default=65_536, help="rows x longest row of a batch")
+    models.add_argument("--token-budget", type=int, default=98_304, help="rows x longest row of a batch")
     shared = argparse.ArgumentParser(add_help=False, parents=[models])
     shared.add_argument("--adapter", nargs="+", default=[], metavar="RUN", help="runs, or folders such as RUN/best")
     shared.add_argument("--limit", type=int, help="at most so many prompts (heldout: documents, default 64)")

@@ -239,8 +239,8 @@ def decode(
 ) -> torch.Tensor:
     """The decoding loop of `generate(custom_generate=...)`: input_ids (B, P) with their continuations, padded.
 
-    mask: (B, P), 0 on padding. The cache `reserved` holds a beginning of input_ids and has room for all. Once half the
-    rows are finished they leave the batch. progress: called with the tokens of each step.
+    mask: (B, P), 0 on padding. The cache `reserved` holds a beginning of input_ids and has room for all. Once a quarter
+    of the rows is finished they leave the batch. progress: called with the tokens of each step.
     """
     rows, prompt = input_ids.shape
     new, pad = generation_config.max_new_tokens, generation_config.pad_token_id
@@ -268,7 +268,7 @@ def decode(
         left = (~done).nonzero().squeeze(-1)
         if not len(left):
             break
-        if 2 * len(left) <= len(present):
+        if 4 * len(left) <= 3 * len(present):
             reserved = reserve(reserved, left, prompt + new)
             present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
             for processor in logits_processor:

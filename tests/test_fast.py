@@ -150,12 +150,12 @@ def test_draw_finds_a_token_at_both_ends_of_the_unit_interval(monkeypatch, numbe
     assert fast.draw(scores).tolist() == [1 if number == 0 else 3]
 
 
-def test_finished_rows_leave_the_batch_once_they_are_half_of_it(llm):
+def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm):
     """Rows of forced lengths; the others write what they write alone."""
     widths: list[int] = []
     head = llm.model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: widths.append(len(output)))
-    stops = [2, 9, 2, 5, 2]
+    stops = [2, 9, 9, 5, 3]
 
     class Stop:
         def __init__(self, stops):
@@ -188,7 +188,17 @@ def test_finished_rows_leave_the_batch_once_they_are_half_of_it(llm):
         return [row[:stop].tolist() for row, stop in zip(output[:, ids.shape[1] :], stops, strict=True)]
 
     together = written(PROMPTS, stops)
-    assert widths == [5, 5, 2, 2, 2, 1, 1, 1, 1]  # three of five end in step 2, one of two in step 5
+    assert widths == [
+        5,
+        5,
+        5,
+        3,
+        3,
+        2,
+        2,
+        2,
+        2,
+    ]  # one of five ends in step 2, another in step 3, one of three in step 5
     assert together == [written([prompt], [stop])[0] for prompt, stop in zip(PROMPTS, stops, strict=True)]
 
 
