@@ -185,7 +185,7 @@ def try_longest(llm: LLM, cfg: "Config", budgets: dict[str, int]) -> None:
 
 
 def documents_from(
-    corpus: Corpus, consumed: int, last: str | None = None, held_out: Sequence[Episode] = ()
+    corpus: Corpus | heldout.Recording, consumed: int, last: str | None = None, held_out: Sequence[Episode] = ()
 ) -> Iterator[Document]:
     """The corpus after its first `consumed` documents, read again from the start: exact for shuffled streams too.
 

@@ -26,6 +26,9 @@ def reward(answer: Answer, episode: Episode, cfg: "Config") -> None:
 
 def factor(answer: Answer, problem: str, cfg: "Config") -> float:
     """The share of its grade that an answer keeps, in [0, 1]; what fired is noted in `answer.guards`."""
+    answer.guards = []
+    if not cfg.guards:
+        return 1.0
     kept = 1.0
     if cfg.guard_length:
         soft = cfg.soft_length * cfg.max_new_tokens

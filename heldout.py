@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 import checkpoint
 import guards
 import rubric
-from data import Corpus, Document
+from data import Corpus, Document, UserError
 from model import LLM
 from rubric import Answer, Criterion, Episode, Phase, alive, plainly, words
 
@@ -70,15 +70,32 @@ def candidates(corpus: Corpus, cfg: "Config") -> Iterator[Document]:
     return itertools.chain(built_in(cfg) if corpus.name == "samples" else (), corpus.epoch(0))
 
 
-def without(corpus: Corpus, episodes: Sequence[Episode]) -> Iterator[Document]:
+def without(corpus: "Corpus | Recording", episodes: Sequence[Episode]) -> Iterator[Document]:
     """The corpus without the held-out documents, in every epoch; told by their text, as ids of a stream change."""
     held_out = {e.document.text for e in episodes}
     return (document for document in corpus if document.text not in held_out)
 
 
+def yardstick(cfg: "Config") -> "Config":
+    """The configuration to measure with: the run's own, without what is an ablation, so that arms are comparable."""
+    return replace(
+        cfg,
+        roles="base",
+        episodes="",
+        proposer_document=True,
+        rubric="written",
+        rubric_document=True,
+        rubric_gold=True,
+        rubric_answers=max(2, cfg.rubric_answers),
+        judge="generate" if cfg.judge == "each" else cfg.judge,
+        guards=True,
+    )
+
+
 def make(llm: LLM, documents: Sequence[Document], cfg: "Config", phase: Phase = plainly) -> list[Episode]:
     """A problem, a reference and a rubric by the base model from each document; no answers. Some may be dropped."""
-    cfg = replace(cfg, roles="base", group_size=max(2, cfg.rubric_answers))  # as many answers as the writer looks at
+    cfg = yardstick(cfg)
+    cfg = replace(cfg, group_size=cfg.rubric_answers)  # as many answers as the writer looks at
     with own_randomness(cfg.seed):
         episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, random.Random(cfg.seed)))
         with llm.adapters_off():
@@ -88,12 +105,47 @@ def make(llm: LLM, documents: Sequence[Document], cfg: "Config", phase: Phase = 
 
 
 def read(path: Path) -> list[Episode]:
+    """The episodes of heldout.jsonl or, without their answers, of episodes.jsonl."""
     episodes = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        e = json.loads(line)
+        e = {**json.loads(line), "answers": []}
+        e.pop("step", None)
         e["document"], e["rubric"] = Document(**e["document"]), [Criterion(**c) for c in e["rubric"]]
         episodes.append(Episode(**e))
     return episodes
+
+
+class Recording:
+    """In place of a Corpus: the documents of recorded episodes that have a rubric, in their order, over and over.
+
+    Raises UserError if the file cannot be read or has no episode with a rubric.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.skipped = name, Counter[str]()
+        try:
+            episodes = [e for e in read(Path(name)) if e.rubric]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
+        if not episodes:
+            raise UserError(f"--episodes {name}: no episode there has a rubric")
+        self.episodes: dict[str, Episode] = {}
+        for e in episodes:
+            self.episodes.setdefault(e.document.text, e)
+
+    def __iter__(self) -> Iterator[Document]:
+        return itertools.cycle([e.document for e in self.episodes.values()])
+
+
+def replayed(documents: Sequence[Document], cfg: "Config") -> list[Episode]:
+    """The recorded problems of these documents, and their rubrics where these were written in the way of `cfg`."""
+    recorded = recording(cfg.episodes).episodes
+    written = cfg.rubric == "written" and cfg.rubric_document and cfg.rubric_answers > 0
+    found = [recorded[document.text] for document in documents]
+    return [Episode(e.document, e.problem, e.reference, rubric=list(e.rubric) if written else []) for e in found]
+
+
+recording = functools.cache(Recording)
 
 
 @contextlib.contextmanager
@@ -329,7 +381,7 @@ def answer(llm: LLM, episodes: Sequence[Episode], cfg: "Config", n: int, phase: 
 def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config", phase: Phase) -> None:
     """Grades and rewards by the base model; both None where no rating could be read."""
     with own_randomness(cfg.seed):
-        phase("judge", lambda: rubric.judge(llm, episodes, replace(cfg, roles="base")), episodes)
+        phase("judge", lambda: rubric.judge(llm, episodes, yardstick(cfg)), episodes)
     for e in episodes:
         for a in e.answers:
             guards.reward(a, e, cfg)
@@ -358,7 +410,7 @@ def watch(
         tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
         return dict.fromkeys(METRICS)
     answer(llm, episodes, cfg, ANSWERS, phase)
-    judge(llm, episodes, cfg, phase)
+    judge(llm, episodes, yardstick(cfg), phase)
     reward = mean([a.reward for e in episodes for a in e.answers])
     length = statistics.fmean(len(a.ids) for e in episodes for a in e.answers)
     alike = similarities([(a.text, e.reference) for e in episodes for a in e.answers])

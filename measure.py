@@ -256,7 +256,7 @@ def wrong_references(llm: model.LLM, episodes: list[Episode]) -> list[float]:
         others = [episodes[(i + k) % len(episodes)] for k in range(1, WRONG + 1)]
         pairs.append([(e, rubric.Answer(other.reference)) for other in [e, *others]])
     with llm.adapters_off():
-        rubric.judge_by_logits(llm, [pair for group in pairs for pair in group])
+        rubric.judge_by_logits(llm, [pair for group in pairs for pair in group], pop.Config())
     shares = []
     for group in pairs:
         right, *wrong = [rubric.grade(answer.ratings or [], e.rubric) for e, answer in group]

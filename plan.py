@@ -285,7 +285,7 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
         "solve": largest(cfg.documents, asked, cfg.max_new_tokens, n=cfg.group_size),
         "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
         "judge": largest(answers, asked + cfg.max_new_tokens + rubric, RATING_TOKENS * cfg.max_criteria)
-        if cfg.judge == "generate"
+        if cfg.judge != "logits"
         else Batch(
             min(answers * cfg.max_criteria, max(1, min(READ_TOKENS, cfg.rollout_tokens) // rest)),
             asked + cfg.criterion_tokens + cfg.max_new_tokens,
@@ -305,7 +305,7 @@ def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     rounds = math.ceil(cfg.tries / cfg.tries_at_once)
     tried = cfg.problem_tokens + min(3, cfg.tries_at_once) * cfg.reference_tokens
     judge, update = work["judge"], work["update"]
-    if cfg.judge == "generate":  # one retry
+    if cfg.judge != "logits":  # one retry
         judged = (2 * answers * judge.prompt, 2 * answers * judge.new)
     else:  # a row for each criterion, its beginning read once for all answers
         judged = (judge.beginnings * (judge.prompt - judge.rest) + answers * cfg.max_criteria * judge.rest, 0)

@@ -35,7 +35,7 @@ from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
 from fast import batches, segments_of, share_prompts
 from faults import Interrupted, Signals, within_memory
 from model import LLM, load
-from rubric import Episode, Phase, alive, plainly
+from rubric import Answer, Episode, Phase, alive, plainly
 
 T = TypeVar("T")
 
@@ -96,14 +96,30 @@ class Config:
     problem_tokens: int = 192
     reference_tokens: int = 384
     rubric_answers: int = 6
-    """How many answers, spread over their lengths, the rubric writer sees (paper: about 10)."""
+    """How many answers, spread over their lengths, the rubric writer sees (paper: about 10); 0: none."""
     max_criteria: int = 5
     criterion_tokens: int = 100
     """Room for one criterion of the rubric: fact, name, description and weight with their labels."""
-    judge: Literal["generate", "logits"] = "generate"
-    """generate: thoughts and ratings are written; logits: expected ratings, read without decoding."""
+    judge: Literal["generate", "each", "logits"] = "generate"
+    """generate: thoughts and ratings are written; each: in a call for each criterion; logits: expected ratings, read
+    without decoding."""
     roles: Literal["base", "policy"] = "base"
     """Who proposes, writes rubrics and judges: the base model (adapters off) or the current policy."""
+
+    episodes: str = ""
+    """A file of recorded episodes (a run's episodes.jsonl): its problems and rubrics are taken, none are written."""
+    proposer_document: bool = True
+    """Without it the proposer is given a word of the document, its topic, and no more."""
+    rubric: Literal["written", "generic", "holistic"] = "written"
+    """written: for each problem; generic: the same four criteria always; holistic: none, but a score of 1 to 10."""
+    rubric_document: bool = True
+    """Without it the rubric writer sees neither document nor reference."""
+    rubric_gold: bool = True
+    """Without it the judge is not told the fact that a criterion asks for."""
+    reward: Literal["judge", "random"] = "judge"
+    """random: between 0 and 1, whatever the answer says. A control: it must not improve anything."""
+    guards: bool = True
+    """Without it a grade is the reward: no guard of those below."""
 
     soft_length: float = 0.75
     """The reward is full up to this share of max_new_tokens, then falls along a cosine."""
@@ -119,6 +135,14 @@ class Config:
     """Reward 0 for answers that are the problem's own words."""
     scale_by_std: bool = False
     """Divide advantages by the group's standard deviation (turns judge noise into full-size advantages)."""
+    extremes: int = 0
+    """Train only on the best and the worst so many answers of each group; 0: on all."""
+    loss: Literal["dapo", "grpo", "dr_grpo", "dpo"] = "dapo"
+    """GRPO's loss as a mean over all tokens (dapo), over each answer's tokens first (grpo), or over max_new_tokens for
+    each answer (dr_grpo). dpo: best against worst answer of each group, as in the paper, instead."""
+    dpo_beta: float = 0.01
+    dpo_words_apart: int = 100
+    """DPO leaves out pairs whose lengths differ by more words."""
     updates_per_batch: int = 1
     """Optimizer steps on each batch of answers; 1 is on-policy, where the ratio is 1 and clipping has no effect."""
     clip_low: float = 0.2
@@ -172,6 +196,8 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 (off) or more")
         if self.audit == 1:
             raise UserError("--audit 1: must be 0 (off) or at least 2: one document gives no interval")
+        if self.rubric_answers < 0 or self.extremes < 0:
+            raise UserError("--rubric-answers and --extremes must be 0 or more")
         if not 1 <= self.max_criteria <= 5:
             raise UserError(f"--max-criteria {self.max_criteria}: must be from 1 to 5")
         for name in ("soft_length", "length_floor"):
@@ -263,7 +289,10 @@ def play(
     llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Random, phase: Phase = plainly
 ) -> list[Episode]:
     """One round of self-play: documents in, graded groups of answers out. Dropped episodes say why."""
-    episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, rng))
+    if cfg.episodes:
+        episodes = heldout.replayed(documents, cfg)
+    else:
+        episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, rng))
     phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
     phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
     phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
@@ -278,8 +307,10 @@ def grade(episodes: Sequence[Episode], cfg: Config) -> None:
         if len(e.answers) < 2:
             e.drop = "judge/unreadable ratings"
             continue
-        for a in e.answers:
+        for i, a in enumerate(e.answers):
             guards.reward(a, e, cfg)
+            if cfg.reward == "random":  # of the answer's place: independent of what it says, the same on resume
+                a.reward = random.Random(f"{cfg.seed} {e.problem} {i}").random()
         rewards = [a.reward or 0.0 for a in e.answers]
         for a, advantage in zip(e.answers, group_advantages(rewards, cfg.scale_by_std), strict=True):
             a.advantage = advantage
@@ -305,13 +336,13 @@ def grpo_loss(
     old_logps: torch.Tensor,
     ref_logps: torch.Tensor | None,
     advantages: torch.Tensor,
-    total: int,
+    total: int | torch.Tensor,
     cfg: Config,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """GRPO's clipped objective summed over the N tokens given and divided by `total` (arXiv 2402.03300, eq. 3).
+    """GRPO's clipped objective summed over the N tokens given, each over its `total` (arXiv 2402.03300, eq. 3).
 
-    All tensors (N,). `total` counts the completion tokens of the whole update, so that micro-batches of any size add
-    up to the same gradient. The KL term is the k3 estimate. Also returns sums over the tokens, for the metrics.
+    All tensors (N,). `total` is of the whole update, see `normaliser`, so that micro-batches of any size add up to
+    the same gradient. The KL term is the k3 estimate. Also returns sums over the tokens, for the metrics.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
@@ -322,7 +353,18 @@ def grpo_loss(
         kl = difference.exp() - difference - 1
         loss = loss + cfg.kl_coef * kl
         sums["kl"] = kl.sum().item()
-    return loss.sum() / total, sums
+    return (loss / total).sum(), sums
+
+
+def normaliser(sample: "Sample", samples: Sequence["Sample"], cfg: Config) -> int:
+    """What each token of a sample is divided by in an update on these samples."""
+    if cfg.loss == "dpo":
+        return len(samples) // 2
+    if cfg.loss == "grpo":  # a mean over each answer, then over answers: tokens of short ones weigh more
+        return len(samples) * len(sample.completion)
+    if cfg.loss == "dr_grpo":  # a constant (arXiv 2503.20783)
+        return len(samples) * cfg.max_new_tokens
+    return sum(len(s.completion) for s in samples)  # a mean over all tokens (DAPO, arXiv 2503.14476)
 
 
 @dataclass
@@ -339,9 +381,41 @@ class Sample:
 MicroBatch = list[list[Sample]]  # rows; those of a row have one prompt, which is read once for all of them
 
 
-def samples_of(episodes: Sequence[Episode]) -> list[list[Sample]]:
-    """The answers of each group."""
-    return [[Sample(e.prompt_ids, a.ids, a.advantage) for a in e.answers] for e in episodes]
+def samples_of(episodes: Sequence[Episode], cfg: Config) -> list[list[Sample]]:
+    """The answers of each group that are trained on, in their order."""
+    return [
+        [Sample(e.prompt_ids, a.ids, a.advantage) for a in chosen] for e in episodes if (chosen := trained_on(e, cfg))
+    ]
+
+
+def trained_on(episode: Episode, cfg: Config) -> list[Answer]:
+    """All answers of a group or, for extremes and DPO, the best and worst. For DPO the best is the first."""
+    ranked = sorted(episode.answers, key=lambda a: a.reward or 0.0)
+    if cfg.loss == "dpo":
+        best, worst = ranked[-1], ranked[0]
+        apart = abs(len(best.text.split()) - len(worst.text.split()))
+        return [best, worst] if apart <= cfg.dpo_words_apart else []
+    if 0 < 2 * cfg.extremes < len(ranked):
+        chosen = [id(a) for a in ranked[: cfg.extremes] + ranked[-cfg.extremes :]]
+        return [a for a in episode.answers if id(a) in chosen]
+    return episode.answers
+
+
+def dpo_weights(pairs: Sequence[Sequence[Sample]], cfg: Config) -> float:
+    """Give each sample the advantage by which the policy gradient is that of DPO; returns the loss, a mean over pairs.
+
+    The loss of a pair is -log sigmoid(beta x margin), the margin being how much further the policy is from the
+    reference on the best answer's log-probability than on the worst's (arXiv 2305.18290, eq. 7). Its derivative by the
+    one's log-probability is -beta sigmoid(-beta x margin), by the other's the opposite.
+    """
+    losses = []
+    for best, worst in pairs:
+        moved = [(s.old_logps - s.ref_logps).sum().item() for s in (best, worst)]  # type: ignore[operator]
+        margin = torch.tensor(cfg.dpo_beta * (moved[0] - moved[1]), dtype=torch.float64)
+        best.advantage = cfg.dpo_beta * torch.sigmoid(-margin).item()
+        worst.advantage = -best.advantage
+        losses.append(-torch.nn.functional.logsigmoid(margin).item())
+    return statistics.fmean(losses)
 
 
 def micro_batches(llm: LLM, groups: Sequence[Sequence[Sample]], budget: int) -> list[MicroBatch]:
@@ -369,7 +443,9 @@ def update(
     """
     progress = progress or new_progress(cfg)
     budgets = progress["budgets"]
-    groups = samples_of(episodes)
+    groups = samples_of(episodes, cfg)
+    if not groups:  # DPO may find no pair
+        return {}
     samples = [sample for group in groups for sample in group]
     parts = micro_batches(llm, groups, budgets["update"])
     total = sum(len(sample.completion) for sample in samples)
@@ -390,14 +466,14 @@ def update(
         return None if values[0] is None else torch.cat(values)
 
     @torch.no_grad()
-    def look_up() -> None:
-        def store(name: str) -> None:
-            for part in parts:
-                counts = [len(sample.completion) for sample in in_order(part)]
-                for sample, values in zip(in_order(part), logps(part)[0].split(counts), strict=True):
-                    setattr(sample, name, values)
+    def store(name: str) -> None:
+        for part in parts:
+            counts = [len(sample.completion) for sample in in_order(part)]
+            for sample, values in zip(in_order(part), logps(part)[0].split(counts), strict=True):
+                setattr(sample, name, values)
 
-        if cfg.kl_coef > 0:
+    def look_up() -> None:
+        if cfg.kl_coef > 0 or cfg.loss == "dpo":
             with llm.adapters_off():
                 store("ref_logps")
         if cfg.updates_per_batch > 1:
@@ -410,11 +486,13 @@ def update(
             current, entropy = logps(part)
             old = stored(part, "old_logps")
             old = current.detach() if old is None else old  # on-policy: the same
-            weights = [s.advantage for s in in_order(part) for _ in s.completion]
-            advantages = torch.tensor(weights, device=llm.device)  # (N,)
-            loss, counted = grpo_loss(current, old, stored(part, "ref_logps"), advantages, total, cfg)
+            tokens = [(s.advantage, normaliser(s, samples, cfg)) for s in in_order(part) for _ in s.completion]
+            advantages, totals = torch.tensor(tokens, device=llm.device).unbind(-1)  # (N,)
+            ref = stored(part, "ref_logps") if cfg.kl_coef > 0 and cfg.loss != "dpo" else None
+            loss, counted = grpo_loss(current, old, ref, advantages, totals, cfg)
             loss.backward()
-            for name, value in {**counted, "loss": loss.item() * total, "entropy": entropy.sum().item()}.items():
+            means["loss"] += loss.item()
+            for name, value in {**counted, "entropy": entropy.sum().item()}.items():
                 means[name] += value / total
             bar.update(len(in_order(part)))
         return means
@@ -428,7 +506,12 @@ def update(
     with llm.training(), tqdm(total=rows * cfg.updates_per_batch, desc="update", unit="row", leave=False) as bar:
         within_memory(llm, "update", look_up, smaller, budgets)
         for _ in range(cfg.updates_per_batch):
+            dpo_loss = None
+            if cfg.loss == "dpo":
+                within_memory(llm, "update", lambda: store("old_logps"), smaller, budgets)
+                dpo_loss = dpo_weights(groups, cfg)
             means = within_memory(llm, "update", accumulate, smaller, budgets)
+            means["loss"] = means["loss"] if dpo_loss is None else dpo_loss
             for name, value in means.items():
                 sums[name] += value / cfg.updates_per_batch
             lr = optimizer.param_groups[0]["lr"]
@@ -521,7 +604,8 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             if cfg.eval_every and not progress["step"]:
                 before = heldout.watch(llm, watched, cfg, run, 0, progress, safely)
                 tqdm.write("held-out before training: " + heldout.one_line(before))
-            documents = faults.documents_from(corpus, progress["documents"], progress["document"], watched)
+            source = heldout.recording(cfg.episodes) if cfg.episodes else corpus
+            documents = faults.documents_from(source, progress["documents"], progress["document"], watched)
             for step in range(progress["step"] + 1, cfg.steps + 1):
                 seconds.clear()
                 llm.model.eval()
@@ -595,6 +679,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     corpus = open_corpus(cfg)
     next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
+    if cfg.episodes:
+        heldout.recording(cfg.episodes)
     llm = load(
         cfg.model,
         load_in=cfg.load_in,
@@ -608,7 +694,8 @@ def main(argv: Sequence[str]) -> int:
     check_context(llm, cfg)
     run = run_folder(cfg)
     answers = cfg.documents * cfg.group_size
-    print(f"{cfg.model} in {cfg.load_in} on {llm.device}; documents from {corpus.name}; results in {run}/")
+    source = f"problems and rubrics from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
+    print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
     print(f"{cfg.steps} steps x {cfg.documents} documents x {cfg.group_size} answers = {cfg.steps * answers} answers")
     try:
         with checkpoint.locked(run):

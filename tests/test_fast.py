@@ -198,7 +198,7 @@ def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm):
         2,
         2,
         2,
-    ]  # one of five ends in step 2, another in step 3, one of three in step 5
+    ]  # one of five ends, then another, then one of three
     assert together == [written([prompt], [stop])[0] for prompt, stop in zip(PROMPTS, stops, strict=True)]
 
 

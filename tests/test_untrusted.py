@@ -290,7 +290,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "judge_prompt": lambda text: rubric.judge_prompt(text, [criterion(text)], text),
     "rate_prompt": lambda text: rubric.rate_prompt(text, criterion(text), text),
     "statements": rubric.statements,
-    "keep_criteria": lambda text: rubric.keep_criteria(Episode(Document("otters", OTTERS), PROBLEM), text, 5),
+    "keep_criteria": lambda text: rubric.keep_criteria(Episode(Document("otters", OTTERS), PROBLEM), text, Config()),
     "neutralise": Speaker(families_tokenizer()).neutralise,
 }
 
