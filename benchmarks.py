@@ -349,36 +349,51 @@ def score_winrate(item: Item, answer: str, verdicts: Sequence[Value | None]) -> 
 # ---------------------------------------------------------------------------------------------------- heldout
 
 
-def held_out_items(episodes: Sequence[Episode], words: int) -> list[Item]:
-    """The problems of documents that no adapter was trained on, put to a model as in training."""
+def held_out_items(episodes: Sequence[Episode], words: int, judge: str) -> list[Item]:
+    """The problems of documents that no adapter was trained on, put to a model as in training, and to its judge."""
     return [
         Item(
             e.document.id,
             ask(rubric.SOLVER.format(problem=e.problem, n=words)),
-            {"problem": e.problem, "rubric": e.rubric, "reference": e.reference},
+            {"problem": e.problem, "rubric": e.rubric, "reference": e.reference, "judge": judge},
         )
         for e in episodes
     ]
 
 
 def ask_heldout(item: Item, answer: str, base: str) -> list[Question]:
-    """All criteria in one call, as in training: the judge sees neither document nor reference."""
-    criteria = item.data["rubric"]
+    """As in training: all criteria in a call, or by logits one in each; neither document nor reference is shown."""
+    criteria, problem = item.data["rubric"], item.data["problem"]
+    if item.data["judge"] == "logits":
+        form = [Field("", choices=("0", "1", "2"))]
+        return [
+            Question(
+                f"{item.id}/{k}", ask(rubric.rate_prompt(problem, c, answer)), form, read_digit, REPLY_TOKENS, "012"
+            )
+            for k, c in enumerate(criteria)
+        ]
 
     def ratings(reply: str) -> list[float] | None:
         read = rubric.parse_ratings(reply, len(criteria))
         return read[1] if read else None
 
-    prompt = rubric.judge_prompt(item.data["problem"], criteria, answer)
+    prompt = rubric.judge_prompt(problem, criteria, answer)
     return [Question(f"{item.id}/ratings", ask(prompt), rubric.judge_form(len(criteria)), ratings, REPLY_TOKENS)]
+
+
+def read_digit(reply: str) -> float | None:
+    """The first word of the reply, if it is 0, 1 or 2."""
+    found = re.match(r"\W*([012])(?!\w|\.\d)", reply)
+    return float(found[1]) if found else None
 
 
 def score_heldout(item: Item, answer: str, verdicts: Sequence[Value | None]) -> Scores:
     """The grade that training would give, without its guards, and the likeness to the reference."""
-    (ratings,) = verdicts
+    ratings: Any = verdicts if item.data["judge"] == "logits" else verdicts[0]
+    grade = UNJUDGED if None in verdicts else (rubric.grade(ratings, item.data["rubric"]), 1.0)
     alike = heldout.similarities([(answer, item.data["reference"])])
     return {
-        "grade": [(rubric.grade(ratings, item.data["rubric"]), 1.0) if isinstance(ratings, list) else UNJUDGED],
+        "grade": [grade],
         "similarity": [(alike[0], 1.0) if alike else UNJUDGED],
     }
 

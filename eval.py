@@ -193,7 +193,7 @@ def problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) ->
             bar.update(len(new))
     kept = [e for e in rubric.alive(had) if e.document in documents]
     print(f"{len(kept)} problems with rubrics from {len(documents)} documents, none of them trained on")
-    return held_out_items(kept, rubric.target_words(cfg))
+    return held_out_items(kept, rubric.target_words(cfg), cfg.judge)
 
 
 # --------------------------------------------------------------------------------------------------- verdicts

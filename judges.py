@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import torch
 from tqdm.auto import tqdm
 
 from data import UserError
@@ -53,6 +54,7 @@ class Question:
     form: list[Field]  # how a local model is made to answer
     read: Callable[[str], Value | None]  # the reply -> the verdict; None: nonsense
     max_tokens: int  # room for the reply of an endpoint
+    digits: str = ""  # "012": a local judge's verdict is the expected one, by their probabilities; no form is filled in
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def read_json(text: str) -> dict[str, Any] | None:
 
 
 class LocalJudge:
-    """A model of this process, with its base weights: it fills in each question's form, greedily."""
+    """A model of this process, with its base weights: it fills in each question's form greedily, or says how likely it
+    finds each digit."""
 
     def __init__(self, llm: "LLM", label: str) -> None:
         self.llm, self.label = llm, label
@@ -104,9 +107,10 @@ class LocalJudge:
 
         Questions that begin alike are asked together, because what they share is read once.
         """
-        ordered = sorted(questions, key=lambda q: (room(self.llm, q.form), [m["content"] for m in q.messages]))
+        kinds = {q.id: (q.digits, room(self.llm, q.form)) for q in questions}
+        ordered = sorted(questions, key=lambda q: (kinds[q.id], [m["content"] for m in q.messages]))
         with tqdm(total=len(ordered), desc="judge", unit="verdict", leave=False) as bar:
-            for tokens, group in groupby(ordered, key=lambda q: room(self.llm, q.form)):
+            for (_, tokens), group in groupby(ordered, key=lambda q: kinds[q.id]):
                 alike = list(group)
                 for at in range(0, len(alike), CHUNK):
                     verdicts = self._judge(alike[at : at + CHUNK], tokens)
@@ -124,6 +128,11 @@ class LocalJudge:
         ]
         if not fitting:
             return verdicts
+        if digits := fitting[0][0].digits:
+            with self.llm.adapters_off():
+                probs = self.llm.choice_probs([p for _, p in fitting], self.llm.choice_ids("", digits)[1], desc="judge")
+            values = (probs @ torch.arange(len(digits), dtype=probs.dtype)).tolist()
+            return verdicts + [Verdict(q.id, value, "") for (q, _), value in zip(fitting, values, strict=True)]
         with self.llm.adapters_off():
             outputs = self.llm.generate(
                 [prompt for _, prompt in fitting],

@@ -180,7 +180,7 @@ def test_arena_hard_s_prompts_are_there_and_a_text_file_has_one_in_each_line(tmp
 
 def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_nor_reference():
     criteria = [Criterion("Yeast", "wild yeast", "States what lives in it.", 3.0), Criterion("Time", "12 h", "d", 1.0)]
-    data = {"problem": "Why does it rise?", "rubric": criteria, "reference": "SECRET REFERENCE"}
+    data = {"problem": "Why does it rise?", "rubric": criteria, "reference": "SECRET REFERENCE", "judge": "generate"}
     item = Item("d", [{"role": "user", "content": "Why does it rise?"}], data)
     (question,) = BENCHMARKS["heldout"].questions(item, "By yeast.", "")
     text = question.messages[0]["content"]
@@ -192,9 +192,24 @@ def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_
     assert score["grade"] == [(pytest.approx(rubric.grade([2.0, 0.0], criteria)), 1.0)]
 
 
-def test_the_likeness_to_the_reference_needs_no_verdict():
+def test_a_run_s_logits_judge_is_asked_for_one_criterion_at_a_time():
+    criteria = [Criterion("Yeast", "wild yeast", "States what lives in it.", 3.0), Criterion("Time", "12 h", "d", 1.0)]
+    data = {"problem": "Why does it rise?", "rubric": criteria, "reference": "SECRET REFERENCE", "judge": "logits"}
+    item = Item("d", [{"role": "user", "content": "Why does it rise?"}], data)
+    yeast, time = BENCHMARKS["heldout"].questions(item, "By yeast.", "")
+    assert yeast.digits == time.digits == "012" and yeast.id != time.id
+    assert "Yeast" in yeast.messages[0]["content"] and "Yeast" not in time.messages[0]["content"]
+    assert "SECRET" not in yeast.messages[0]["content"]
+    assert [yeast.read(reply) for reply in ("2", " 1.", "0 - no", "12", "two", "1.5")] == [2, 1, 0, None, None, None]
+    score = BENCHMARKS["heldout"].score(item, "By yeast.", [1.5, 0.5])
+    assert score["grade"] == [(pytest.approx((3 * 1.5 + 0.5) / 8), 1.0)]
+
+
+@pytest.mark.parametrize("judge", ["generate", "logits"])
+def test_the_likeness_to_the_reference_needs_no_verdict(judge):
     data = {"problem": "p", "rubric": [Criterion("n", "g", "d", 1.0)], "reference": "Bread rises by yeast."}
-    score = BENCHMARKS["heldout"].score(Item("d", [], data), "Bread rises by yeast.", [None])
+    item = Item("d", [], {**data, "judge": judge})
+    score = BENCHMARKS["heldout"].score(item, "Bread rises by yeast.", [None])
     assert math.isnan(score["grade"][0][0]) and score["similarity"] == [(pytest.approx(1.0, abs=1e-5), 1.0)]
 
 

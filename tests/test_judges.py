@@ -118,6 +118,19 @@ def test_what_a_local_judge_says_is_read(llm):
     assert re.fullmatch(r"Rating: \d+", verdict.reply)
 
 
+def test_a_local_judge_gives_the_expected_digit_where_it_is_asked_for(llm):
+    some = [Question(q.id, q.messages, FORM, read, 16, "012") for q in longer(7)]
+    verdicts = asked(LocalJudge(llm, "tiny"), [*some, question("formed")])
+    assert verdicts["formed"].reply.startswith("Rating: ")
+    digits = [llm.tokenizer(d).input_ids[0] for d in "012"]
+    for q in some:
+        with torch.no_grad(), llm.adapters_off():
+            logits = llm.model(input_ids=torch.tensor([llm.encode_messages(q.messages)])).logits[0, -1, digits]
+        assert verdicts[q.id].value == pytest.approx(
+            (logits.double().softmax(-1) @ torch.arange(3.0).double()).item(), abs=1e-5
+        )
+
+
 def test_a_question_beyond_the_context_is_unjudged_and_says_by_how_much(llm):
     long = question("long", "word " * 500)
     tokens = len(llm.encode_messages(long.messages)) + len("Rating: 10\n")  # or the end token, in bytes

@@ -1,0 +1,404 @@
+"""One-flag ablations: each changes what it names and nothing else."""
+
+import contextlib
+import json
+import random
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llm
+from test_pop import CFG as UPDATE
+from test_pop import gradients, group
+
+import heldout
+import pop
+import rubric
+from data import Document, UserError
+from model import LLM, Completion
+from pop import Config
+from rubric import Answer, Criterion, Episode
+
+DOCUMENT = Document(
+    "tides",
+    "The tides of the Severn rise by fourteen metres in spring. Twice a day the tides bring a bore, a wave two metres "
+    "tall, up the river past Minsterworth. The funnel of the estuary makes the tides so high.",
+)
+PROBLEM = "Why does the Severn have a bore that comes twice a day?"
+REFERENCE = "Because the tides rise by fourteen metres in the funnel of the estuary, they bring a wave two metres tall."
+RUBRIC = """1. Fact: the funnel of the estuary
+Name: Funnel
+Description: The answer states what makes the water so high.
+Weight: 3
+2. Fact: fourteen metres in spring
+Name: Height
+Description: The answer states how far the water rises there.
+Weight: 1"""
+ANSWERS = ["The moon pulls at the sea and the river swells.", "A funnel makes the water of the sea rise very high."]
+
+
+class Speaker(LLM):
+    """A tokenizer without a model: says what each role should, and keeps every prompt by role."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.prompts = byte_tokenizer(), {}
+        self.says = {
+            "propose": PROBLEM,
+            "reference": REFERENCE,
+            "rubric": RUBRIC,
+            "judge": "1. Thought: It does.\nRating: 2\n2. Thought: It does not.\nRating: 0",
+        }
+
+    def adapters_off(self):
+        return contextlib.nullcontext()
+
+    def note(self, role, prompts):
+        self.prompts.setdefault(role, []).extend(self.decode(ids) for ids in prompts)
+
+    def generate(self, prompts, *, desc, n=1, **options):
+        self.note(desc, prompts)
+        texts = ANSWERS if desc == "solve" else [self.says[desc]] * n
+        return [[Completion([7], text, True) for text in texts] for _ in prompts]
+
+    def choice_probs(self, rows, choices, desc):
+        self.note(desc, rows)
+        return torch.eye(len(choices))[[(7 * i) % len(choices) for i in range(len(rows))]]
+
+
+def played(llm=None, **flags):
+    """(prompts by role, the episode) of one round of self-play on one document."""
+    llm = llm or Speaker()
+    cfg = replace(Config(group_size=2, rubric_answers=2, tries=1), **flags)
+    (episode,) = pop.play(llm, [DOCUMENT], cfg, random.Random(0))
+    assert episode.drop in (None, "group/zero spread")
+    return llm.prompts, episode
+
+
+def changed(**flags):
+    """(the roles whose prompts differ from the default's, these roles' prompts, the episode)."""
+    before, _ = played(**{name: flags[name] for name in ("judge",) if flags.get(name) == "logits"})
+    after, episode = played(**flags)
+    roles = {role for role in before.keys() | after.keys() if before.get(role) != after.get(role)}
+    return roles, {role: after.get(role, []) for role in roles}, episode
+
+
+# ------------------------------------------------------------------------------------------ who sees what
+
+
+def test_without_its_document_the_proposer_knows_a_topic_word_alone():
+    roles, prompts, _ = changed(proposer_document=False)
+    assert roles == {"propose", "reference"}
+    for prompt in [*prompts["propose"], *prompts["reference"]]:
+        assert "fourteen" not in prompt and "estuary" not in prompt
+    assert "<topic>tides</topic>" in prompts["propose"][0]
+
+
+@pytest.mark.parametrize("task", ["general", "health", "writing"])
+def test_every_task_has_a_prompt_for_a_topic(task):
+    prompts, _ = played(proposer_document=False, task=task)
+    assert "tides" in prompts["propose"][0] and "fourteen" not in prompts["propose"][0]
+
+
+def test_a_problem_on_a_topic_alone_is_not_held_against_a_document_that_its_writer_has_not_seen():
+    assert rubric.problem_fault("What do otters eat in winter?", DOCUMENT.text) == "not about the document"
+    assert rubric.problem_fault("What do otters eat in winter?", None) is None
+    assert rubric.reference_fault("Otters eat fish, crabs and frogs all through the winter.", "?", None) is None
+
+
+def test_without_the_document_the_rubric_writer_sees_no_reference_either():
+    roles, prompts, _ = changed(rubric_document=False)
+    assert roles == {"rubric"}
+    (prompt,) = prompts["rubric"]
+    assert "estuary" not in prompt and "fourteen" not in prompt
+    assert PROBLEM in prompt and all(answer in prompt for answer in ANSWERS)
+
+
+def test_with_own_words_a_blind_rubric_writer_is_given_no_sentence_of_the_document():
+    llm, cfg = tiny_llm(), Config(own_words=True, rubric_document=False)
+    form = rubric.rubric_form(llm, Episode(DOCUMENT, PROBLEM, REFERENCE), cfg)
+    assert all("estuary" not in str(line) for line in form)
+    assert any(
+        "estuary" in str(line) for line in rubric.rubric_form(llm, Episode(DOCUMENT, PROBLEM), Config(own_words=True))
+    )
+
+
+@pytest.mark.parametrize("judge", ["generate", "logits"])
+def test_without_gold_the_judge_is_not_told_the_facts(judge):
+    roles, prompts, _ = changed(rubric_gold=False, judge=judge)
+    assert roles == {"judge"}
+    for prompt in prompts["judge"]:
+        assert "fourteen" not in prompt and "the funnel of the estuary" not in prompt
+        assert "states" in prompt  # the descriptions stay
+
+
+def test_a_rubric_can_be_written_without_the_answers_in_view():
+    roles, prompts, _ = changed(rubric_answers=0)
+    assert roles == {"rubric"}
+    assert not any(answer in prompts["rubric"][0] for answer in ANSWERS) and REFERENCE in prompts["rubric"][0]
+
+
+# -------------------------------------------------------------------------------------- rubrics and ratings
+
+
+@pytest.mark.parametrize("judge", ["generate", "logits"])
+def test_the_generic_rubric_is_the_same_for_every_problem_and_nobody_writes_it(judge):
+    llm = Speaker()
+    llm.says["judge"] = "\n".join(f"{k}. Thought: So.\nRating: {k % 3}" for k in (1, 2, 3, 4))
+    before, _ = played(judge=judge)
+    after, episode = played(llm, rubric="generic", judge=judge)
+    assert before.keys() - after.keys() == {"rubric"}
+    assert all(before[role] == after[role] for role in ("propose", "reference", "solve"))
+    assert episode.rubric == rubric.GENERIC and "fourteen" not in str(after["judge"])
+    if judge == "generate":
+        weights = [c.weight for c in rubric.GENERIC]
+        expected = sum(w * r for w, r in zip(weights, (1, 2, 0, 1), strict=True)) / (2 * sum(weights))
+        assert episode.answers[0].grade == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("score", "grade"), [("1", 0.0), ("4", 3 / 9), ("10", 1.0)])
+def test_a_holistic_score_of_1_to_10_is_the_grade(score, grade):
+    llm = Speaker()
+    llm.says["judge"] = f"Thought: All in all.\nScore: {score}"
+    after, episode = played(llm, rubric="holistic")
+    assert "rubric" not in after and len(after["judge"]) == 2
+    assert all("Criteri" not in prompt and "1 (useless) to 10" in prompt for prompt in after["judge"])
+    assert [a.grade for a in episode.answers] == [pytest.approx(grade)] * 2
+    assert episode.answers[0].thoughts == ["All in all."]
+
+
+def test_a_holistic_score_by_logits_is_the_expected_one_of_1_to_9():
+    _, episode = played(rubric="holistic", judge="logits")
+    assert [a.grade for a in episode.answers] == [pytest.approx(0.0), pytest.approx(7 / 8)]  # scores 1 and 8
+
+
+@pytest.mark.parametrize("text", ["Score: 0", "Score: 11", "Score: 7.5", "7", "Thought: so"])
+def test_a_score_that_cannot_be_read_is_none(text):
+    assert rubric.parse_score(text) is None
+
+
+def test_a_judge_that_is_asked_once_for_each_criterion_sees_one_at_a_time():
+    llm = Speaker()
+    llm.says["judge"] = "1. Thought: Yes.\nRating: 1"
+    after, episode = played(llm, judge="each")
+    assert len(after["judge"]) == 2 * 2
+    assert [("Funnel" in p, "Height" in p) for p in after["judge"]] == 2 * [(True, False), (False, True)]
+    assert [a.ratings for a in episode.answers] == 2 * [[1.0, 1.0]]
+    assert episode.answers[0].thoughts == ["Yes.", "Yes."]
+    before, _ = played()
+    assert all(before[role] == after[role] for role in ("propose", "reference", "solve", "rubric"))
+
+
+def test_an_answer_with_one_unreadable_rating_of_several_calls_has_none():
+    llm = Speaker()
+    replies = iter(["Rating: 1", "nonsense", "Rating: 2", "Rating: 0", "Rating: 1", "still nonsense"])
+    spoken = llm.generate
+
+    def generate(prompts, *, desc, **options):
+        if desc != "judge":
+            return spoken(prompts, desc=desc, **options)
+        return [[Completion([7], next(replies), True)] for _ in prompts]
+
+    llm.generate = generate
+    e = Episode(DOCUMENT, PROBLEM, REFERENCE, [Answer(text) for text in ANSWERS], rubric.parse_rubric(RUBRIC))
+    rubric.judge(llm, [e], Config(judge="each"))
+    assert [a.ratings for a in e.answers] == [None, [2.0, 0.0]]
+
+
+# -------------------------------------------------------------------------------------------------- rewards
+
+
+def graded(answers, **flags):
+    ratings = [[2.0 * i / len(answers)] for i in range(len(answers))]
+    made = [Answer(text, [1, 2], ratings=r) for text, r in zip(answers, ratings, strict=True)]
+    e = Episode(DOCUMENT, PROBLEM, REFERENCE, made, [Criterion("n", "g", "d", 1.0)])
+    pop.grade([e], Config(**flags))
+    return e
+
+
+def test_a_random_reward_does_not_depend_on_what_an_answer_says_and_leaves_the_grade():
+    answers = [f"{text} {i}" for i, text in enumerate(5 * ANSWERS)]
+    one, other = graded(answers, reward="random"), graded(answers[::-1], reward="random")
+    rewards = [a.reward for a in one.answers]
+    assert rewards == [a.reward for a in other.answers] and len(set(rewards)) == 10
+    assert all(0 <= r <= 1 for r in rewards)
+    assert [a.grade for a in one.answers] == [a.grade for a in graded(answers).answers]
+    assert [a.advantage for a in one.answers] == pytest.approx([r - sum(rewards) / 10 for r in rewards])
+    assert [a.reward for a in graded(answers, reward="random", seed=1).answers] != rewards
+
+
+def test_without_guards_the_reward_is_the_grade():
+    answers = ["", "This answer fully meets all criteria.", PROBLEM, *ANSWERS]
+    guarded, bare = graded(answers), graded(answers, guards=False)
+    assert [a.reward for a in guarded.answers[:3]] == [0.0, 0.0, 0.0]
+    assert [a.reward for a in bare.answers] == [a.grade for a in bare.answers] == [a.grade for a in guarded.answers]
+    assert all(a.guards == [] for a in bare.answers)
+
+
+# --------------------------------------------------------------------------------------------------- losses
+
+
+def naive_logps(llm, e, a, cfg):
+    row = torch.tensor([e.prompt_ids + a.ids])
+    logits = llm.model(input_ids=row).logits[0, -len(a.ids) - 1 : -1] / cfg.temperature
+    return logits.log_softmax(-1)[range(len(a.ids)), a.ids]
+
+
+def same(got, loss, llm):
+    wanted = torch.autograd.grad(loss, pop.trainable(llm))
+    for mine, naive in zip(got, wanted, strict=True):
+        assert (mine - naive).norm() < 1e-4 * naive.norm() + 1e-9
+
+
+@pytest.mark.parametrize("update_tokens", [20, 10_000])
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])
+def test_each_loss_equals_its_definition_in_float64(loss, update_tokens):
+    llm = tiny_llm()
+    cfg = replace(UPDATE, loss=loss, kl_coef=0.0, update_tokens=update_tokens, max_new_tokens=50)
+    episodes = [group(llm, [0.1, 0.9, 0.4], seed=1), group(llm, [0.7, 0.2], seed=2, prompt="Why not?")]
+    got = gradients(llm, episodes, cfg)
+    llm.model.double()
+    terms = [(a.advantage * naive_logps(llm, e, a, cfg)) for e in episodes for a in e.answers]
+    by_definition = {
+        "dapo": -torch.cat(terms).mean(),  # every token weighs the same
+        "grpo": -torch.stack([t.mean() for t in terms]).mean(),  # every answer weighs the same
+        "dr_grpo": -torch.stack([t.sum() / 50 for t in terms]).mean(),  # a constant length
+    }
+    same(got, by_definition[loss], llm)
+
+
+def dpo_by_definition(llm, episodes, cfg):
+    """-log sigmoid(beta ((log p - log ref)(best) - (log p - log ref)(worst))), a mean over the groups."""
+    losses = []
+    for e in episodes:
+        best, worst = (f(e.answers, key=lambda a: a.reward) for f in (max, min))
+        policy = [naive_logps(llm, e, a, cfg).sum() for a in (best, worst)]
+        with torch.no_grad(), llm.adapters_off():
+            ref = [naive_logps(llm, e, a, cfg).sum() for a in (best, worst)]
+        losses.append(-torch.nn.functional.logsigmoid(cfg.dpo_beta * ((policy[0] - ref[0]) - (policy[1] - ref[1]))))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("update_tokens", [20, 10_000])
+@pytest.mark.parametrize("beta", [0.01, 0.5])
+def test_dpo_equals_its_definition_in_float64(beta, update_tokens):
+    llm = tiny_llm()
+    cfg = replace(UPDATE, loss="dpo", dpo_beta=beta, update_tokens=update_tokens)
+    episodes = [group(llm, [0.1, 0.9, 0.4], seed=1), group(llm, [0.7, 0.2, 0.3, 0.6], seed=2, prompt="Why not?")]
+    optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.0)
+    metrics = pop.update(llm, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), episodes, cfg)
+    got = gradients(llm, episodes, cfg)
+    llm.model.double()
+    loss = dpo_by_definition(llm, episodes, cfg)
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    same(got, loss, llm)
+
+
+def test_a_second_dpo_update_starts_from_the_policy_that_the_first_one_made():
+    llm, other = tiny_llm(), tiny_llm()
+    cfg = replace(UPDATE, loss="dpo", dpo_beta=0.5, max_grad_norm=1e9)
+    episodes = [group(llm, [0.1, 0.9, 0.4], seed=1)]
+
+    def descend(llm, cfg):
+        optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.5)
+        pop.update(llm, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), episodes, cfg)
+
+    descend(llm, replace(cfg, updates_per_batch=2))
+    for _ in range(2):
+        descend(other, cfg)
+    for one, two in zip(pop.trainable(llm), pop.trainable(other), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_dpo_leaves_out_pairs_whose_lengths_differ_too_much(llm):
+    e = group(llm, [0.1, 0.9, 0.5])
+    e.answers[0].text, e.answers[1].text = "word " * 3, "word " * 9
+    (pair,) = pop.samples_of([e], replace(UPDATE, loss="dpo", dpo_words_apart=6))
+    assert [sample.completion for sample in pair] == [e.answers[1].ids, e.answers[0].ids]
+    cfg = replace(UPDATE, loss="dpo", dpo_words_apart=5)
+    assert pop.samples_of([e], cfg) == [] and gradients(llm, [e], cfg) == []  # and the update goes on without
+
+
+def test_extremes_train_on_the_best_and_worst_answers_with_the_advantages_of_the_whole_group(llm):
+    cfg = replace(UPDATE, kl_coef=0.0)
+    whole = group(llm, [0.5, 0.9, 0.1, 0.4, 0.6, 0.2])
+    some = replace(whole, answers=[whole.answers[i] for i in (1, 2, 4, 5)])
+    for mine, naive in zip(gradients(llm, [whole], replace(cfg, extremes=2)), gradients(llm, [some], cfg), strict=True):
+        torch.testing.assert_close(mine, naive)
+    assert pop.samples_of([whole], replace(cfg, extremes=3)) == pop.samples_of([whole], cfg)
+
+
+# --------------------------------------------------------------------------------------------------- replay
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A run's episodes.jsonl: one without a rubric, one document twice."""
+    path = tmp_path / "episodes.jsonl"
+    made = [
+        Episode(DOCUMENT, PROBLEM, REFERENCE, [Answer("x")], rubric.parse_rubric(RUBRIC)),
+        Episode(Document("lost", "A document."), drop="proposer/too short"),
+        Episode(Document("other", "Another document."), "Why?", "So.", rubric=[Criterion("n", "g", "d", 2.0)]),
+        Episode(DOCUMENT, "Another problem?", REFERENCE, rubric=rubric.parse_rubric(RUBRIC)),
+    ]
+    path.write_text("".join(json.dumps({"step": 1, **asdict(e)}) + "\n" for e in made))
+    return str(path)
+
+
+def test_replayed_problems_and_rubrics_are_not_written_again(recorded):
+    after, episode = played(episodes=recorded)
+    before, _ = played()
+    assert (
+        after.keys() == {"solve", "judge"} and after["solve"] == before["solve"] and after["judge"] == before["judge"]
+    )
+    assert (episode.problem, episode.reference, episode.rubric) == (PROBLEM, REFERENCE, rubric.parse_rubric(RUBRIC))
+
+
+@pytest.mark.parametrize("flags", [{"rubric_document": False}, {"rubric_answers": 0}])
+def test_a_rubric_of_another_way_of_writing_is_written_anew_for_the_replayed_problem(recorded, flags):
+    after, _ = played(episodes=recorded, **flags)
+    assert after["rubric"] == played(**flags)[0]["rubric"] and "propose" not in after
+
+
+def test_a_replay_goes_through_the_documents_with_a_rubric_over_and_over(recorded):
+    documents = iter(heldout.Recording(recorded))
+    assert [next(documents).id for _ in range(5)] == ["tides", "other", "tides", "other", "tides"]
+
+
+@pytest.mark.parametrize("content", ["", "nonsense\n", '{"step": 1}\n'])
+def test_a_recording_that_cannot_be_used_is_an_error_that_names_it(tmp_path, content):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"--episodes .*mine.jsonl"):
+        heldout.Recording(str(path))
+    with pytest.raises(UserError, match=r"--episodes nowhere.jsonl cannot be read"):
+        heldout.Recording("nowhere.jsonl")
+
+
+# -------------------------------------------------------------------------------------------------- the measure
+
+ARMS = [
+    {"proposer_document": False},
+    {"rubric": "generic"},
+    {"rubric": "holistic"},
+    {"rubric_document": False},
+    {"rubric_gold": False},
+    {"judge": "each"},
+    {"roles": "policy"},
+    {"reward": "random"},
+    {"guards": False},
+    {"loss": "dpo"},
+    {"extremes": 1},
+]
+
+
+@pytest.mark.parametrize("flags", ARMS, ids=lambda flags: "-".join(map(str, flags.items())))
+def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(heldout, "save_adapter", lambda *_: None)
+
+    def measured(cfg):
+        llm = Speaker()
+        (episode,) = heldout.make(llm, [DOCUMENT], cfg)
+        return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, 0, {})
+
+    cfg = Config(group_size=2, rubric_answers=2, tries=1)
+    assert measured(cfg) == measured(replace(cfg, **flags))
