@@ -671,6 +671,10 @@ def run_folder(cfg: Config) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["sweep"]:
+        import sweep  # which imports this file
+
+        return sweep.main(argv[1:])
     cfg = parse_args(argv)
     if cfg.dry_run:
         import plan  # reads shapes only

@@ -1,0 +1,164 @@
+"""Arms of an experiment, one after another on the one GPU: `python pop.py sweep FILE`, resumable, ends in a table.
+
+FILE has a line `name: flags` for each arm, flags of pop.py; `all: flags` come before those of every arm, and `{name}`
+in flags is the run folder of an earlier arm with the same seed, whose problems an arm may replay:
+
+    all: --preset demo --steps 12
+    written:
+    random: --reward random --episodes {written}/episodes.jsonl
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import heldout
+import pop
+import results
+from data import UserError
+from faults import RESUMABLE
+
+MEASURES = {"heldout": ("grade", "similarity"), "ifeval": ("strict_average",)}  # benchmark -> its metrics in the table
+
+
+def read_arms(path: Path) -> dict[str, list[str]]:
+    """name -> flags, in order. Raises UserError, naming the line, if one cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"sweep {path}: {error.strerror}") from None
+    shared: list[str] = []
+    arms: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not (text := line.partition("#")[0].strip()):
+            continue
+        name, colon, flags = text.partition(":")
+        if not colon or not name.replace("-", "").replace("_", "").isalnum() or name in arms:
+            raise UserError(f"{path}:{number}: want `name: flags`, each name once, not {line.strip()!r}")
+        try:
+            given = shlex.split(flags)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if name == "all":
+            shared = given
+        else:
+            arms[name] = [*shared, *given]
+    if not arms:
+        raise UserError(f"{path}: no arm in it, a line such as `random: --reward random`")
+    return arms
+
+
+def check(arms: dict[str, list[str]], path: Path) -> None:
+    """Parse every arm's flags before the first one runs for hours. Raises UserError."""
+    for number, (name, flags) in enumerate(arms.items()):
+        earlier = dict.fromkeys(list(arms)[:number], "earlier")
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                cfg = pop.parse_args([flag.format_map(earlier) for flag in flags])
+        except KeyError as error:
+            raise UserError(f"{path}: arm {name} names {error}, which is no earlier arm") from None
+        except SystemExit:
+            raise UserError(f"{path}: arm {name}, {' '.join(flags)}:\n{said.getvalue().strip()}") from None
+        if cfg.output or cfg.resume:
+            raise UserError(f"{path}: arm {name} must not have --output or --resume: the sweep sets them")
+
+
+def finished(run: Path) -> bool:
+    try:
+        steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["steps"]
+        last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        return json.loads(last)["step"] == steps
+    except (OSError, ValueError, KeyError, IndexError):
+        return False
+
+
+def call(*command: str) -> None:
+    """A program of this folder in a process of its own. Raises UserError unless it ends well."""
+    script = Path(__file__).parent / command[0]
+    status = subprocess.run([sys.executable, str(script), *command[1:]], check=False).returncode
+    if status == RESUMABLE:
+        raise UserError("stopped; the same command goes on with the sweep")
+    if status:
+        raise UserError(f"{shlex.join(command)} ended with status {status}: mend that, the same command goes on")
+
+
+def play(arms: dict[str, list[str]], seed: int, output: Path) -> dict[str, Path]:
+    """Run each arm, or go on with it, or leave it if it is done: name -> its run folder."""
+    runs = {name: output / f"{name}-{seed}" for name in arms}
+    for name, flags in arms.items():
+        run = runs[name]
+        print(f"== {run}: {'done' if finished(run) else shlex.join(flags)}", flush=True)
+        if finished(run):
+            continue
+        if (run / "config.json").exists():
+            call("pop.py", "--resume", str(run))
+        else:
+            filled = [flag.format_map({other: str(folder) for other, folder in runs.items()}) for flag in flags]
+            call("pop.py", *filled, "--seed", str(seed), "--output", str(run))
+    return runs
+
+
+def measure(runs: dict[str, Path], seed: int, output: Path, limits: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """arm -> its numbers: training reward and, from each benchmark, differences to the base model."""
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rewards = [r for line in lines if (r := json.loads(line)["reward_mean"]) is not None]
+        last = rewards[-max(1, len(rewards) // 4) :]
+        numbers[name] = {"reward": {"value": statistics.fmean(last) if last else None, "low": None, "high": None}}
+    for benchmark, limit in limits.items():
+        folder = output / f"{benchmark}-{seed}"
+        adapters = [str(run) for run in runs.values()]
+        call("eval.py", benchmark, "--adapter", *adapters, "--limit", str(limit), "--output", str(folder))
+        (path,) = folder.glob("results*.json")
+        _, *measured = json.loads(path.read_text(encoding="utf-8"))["models"].values()  # the base comes first
+        for arm, found in zip(numbers.values(), measured, strict=True):
+            arm["tokens"] = {"value": found["mean_tokens"], "low": None, "high": None}
+            arm |= {f"{metric} - base": found["difference"][metric] for metric in MEASURES[benchmark]}
+    return numbers
+
+
+def table(seeds: Sequence[dict[str, dict[str, Any]]]) -> str:
+    """arm -> numbers of each seed -> a table: over one seed the interval over prompts, over several that over seeds."""
+    columns = list(dict.fromkeys(column for arms in seeds for numbers in arms.values() for column in numbers))
+    rows = [["arm", "seeds", *columns]]
+    for name in seeds[0]:
+        row = [name, str(len(seeds))]
+        for column in columns:
+            each = [arms[name][column] for arms in seeds]
+            shown = each[0]
+            if len(each) > 1:
+                over = heldout.interval([e["value"] for e in each if e["value"] is not None])
+                shown = {"value": over["mean"], "low": over["low"], "high": over["high"]}
+            row.append(results.estimate(shown, "+" if column.endswith("base") else ""))
+        rows.append(row)
+    return heldout.aligned(rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the arms")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, help="default: runs/sweep-NAME-OF-FILE")
+    parser.add_argument("--heldout", type=int, default=32, metavar="N", help="unseen documents to measure on; 0: none")
+    parser.add_argument("--ifeval", type=int, default=0, metavar="N", help="prompts of IFEval to measure on")
+    args = parser.parse_args(argv)
+    arms = read_arms(args.file)
+    check(arms, args.file)
+    output = args.output or Path("runs") / f"sweep-{args.file.stem}"
+    output.mkdir(parents=True, exist_ok=True)
+    limits = {name: n for name, n in (("heldout", args.heldout), ("ifeval", args.ifeval)) if n}
+    played = {seed: play(arms, seed, output) for seed in args.seeds}
+    shown = table([measure(runs, seed, output, limits) for seed, runs in played.items()])
+    (output / "table.md").write_text(shown + "\n", encoding="utf-8")
+    print(f"\n{shown}\n\ntable in {output / 'table.md'}, runs in {output}/")
+    return 0

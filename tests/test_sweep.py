@@ -1,0 +1,141 @@
+"""Sweeps: arms from a file, run once, gone on with, and put into one table."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+
+import pop
+import sweep
+from data import UserError
+
+ARMS = """
+# problems are written once
+all: --preset demo --steps 3
+written:
+random: --reward random --episodes {written}/episodes.jsonl  # a control
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "arms.txt"
+    path.write_text(ARMS)
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The programs that a sweep calls; pop.py leaves a finished run, eval.py a result, unless `stop` says otherwise."""
+    made = []
+
+    def call(*command):
+        made.append(list(command))
+        if command[0] == "pop.py":
+            given = dict(pairwise(command))
+            run = sweep.Path(given.get("--output") or given["--resume"])
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.json").write_text('{"steps": 3}')
+            if call.stop(run):
+                raise UserError("stopped")
+            rewards = [0.1, None, 0.3] if "written" in run.name else [0.5, 0.5, 0.7]
+            lines = [json.dumps({"step": n, "reward_mean": r}) for n, r in enumerate(rewards, 1)]
+            (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        else:
+            folder = sweep.Path(command[command.index("--output") + 1])
+            folder.mkdir()
+            runs = command[command.index("--adapter") + 1 : command.index("--limit")]
+            metrics = sweep.MEASURES[command[1]]
+            models = {"base": {"mean_tokens": 10.0, "difference": {}}}
+            for k, run in enumerate(runs, 1):
+                shift = k / 10 + int(run[-1])  # of the arm and its seed
+                difference = {m: {"value": shift, "low": shift - 1, "high": shift + 1} for m in metrics}
+                models[run] = {"mean_tokens": 20.0 * k, "difference": difference}
+            (folder / "results-base.json").write_text(json.dumps({"models": models}))
+
+    call.stop = lambda run: False
+    monkeypatch.setattr(sweep, "call", call)
+    call.made = made
+    return call
+
+
+def test_arms_have_the_shared_flags_and_then_their_own(file):
+    assert sweep.read_arms(file) == {
+        "written": ["--preset", "demo", "--steps", "3"],
+        "random": [
+            *["--preset", "demo", "--steps", "3", "--reward", "random"],
+            *["--episodes", "{written}/episodes.jsonl"],
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("--steps 3\n", r"arms.txt:1: want `name: flags`"),
+        ("a: --steps 3\na: --steps 4\n", r"arms.txt:2: want `name: flags`, each name once"),
+        ("../a: --steps 3\n", r"arms.txt:1: want `name: flags`"),
+        ('a: "--steps\n', r"arms.txt:1: No closing quotation"),
+        ("all: --steps 3\n", r"no arm in it"),
+        ("a: --steps 3\nb: --no-such-flag 4\n", r"(?s)arm b, --no-such-flag 4:.*no-such-flag"),
+        ("a: --steps 0\n", r"--steps 0: must be at least 1"),
+        ("a: --output x\n", r"arm a must not have --output"),
+        ("a: --episodes {b}/episodes.jsonl\nb: --steps 3\n", r"arm a names 'b', which is no earlier arm"),
+    ],
+)
+def test_a_mistake_in_the_file_is_found_before_anything_runs(text, said, tmp_path, calls):
+    path = tmp_path / "arms.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        sweep.main([str(path), "--output", str(tmp_path / "out")])
+    assert calls.made == []
+
+
+def test_each_arm_runs_with_each_seed_and_replays_the_run_of_its_own_seed(file, tmp_path, calls):
+    out = tmp_path / "out"
+    assert pop.main(["sweep", str(file), "--seeds", "1", "2", "--output", str(out)]) == 0
+    ran = [command for command in calls.made if command[0] == "pop.py"]
+    assert [command[-1] for command in ran] == [
+        str(out / name) for name in ("written-1", "random-1", "written-2", "random-2")
+    ]
+    assert ran[3][ran[3].index("--episodes") + 1] == f"{out}/written-2/episodes.jsonl"
+    assert ran[3][ran[3].index("--seed") + 1] == "2"
+
+
+def test_a_sweep_goes_on_where_it_stopped(file, tmp_path, calls):
+    out = tmp_path / "out"
+    calls.stop = lambda run: run.name == "random-0"
+    with pytest.raises(UserError, match="stopped"):
+        sweep.main([str(file), "--output", str(out)])
+    calls.made.clear()
+    calls.stop = lambda run: False
+    sweep.main([str(file), "--output", str(out)])
+    ran = [command for command in calls.made if command[0] == "pop.py"]
+    assert ran == [["pop.py", "--resume", str(out / "random-0")]]  # the first arm is done
+
+
+def test_the_table_over_one_seed_has_the_intervals_of_the_evaluation(file, tmp_path, calls, capsys):
+    sweep.main([str(file), "--output", str(tmp_path / "out"), "--heldout", "5", "--ifeval", "7"])
+    evaluated = [command[1] for command in calls.made if command[0] == "eval.py"]
+    assert evaluated == ["heldout", "ifeval"]
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], lines[3])]
+    row = dict(zip(*cells, strict=True))
+    assert row == {
+        "arm": "random",
+        "seeds": "1",
+        "reward": "0.700",  # the last quarter of three steps
+        "tokens": "40.000",
+        "grade - base": "+0.200 [-0.800, +1.200]",
+        "similarity - base": "+0.200 [-0.800, +1.200]",
+        "strict_average - base": "+0.200 [-0.800, +1.200]",
+    }
+    assert "\n".join(lines) in capsys.readouterr().out
+
+
+def test_the_table_over_several_seeds_has_means_and_intervals_over_them():
+    each = [{"a": {"grade - base": {"value": v, "low": 0.0, "high": 9.0}}} for v in (0.1, 0.2, 0.6)]
+    half = 4.302653 * math.sqrt(((0.2) ** 2 + 0.1**2 + 0.3**2) / 2) / math.sqrt(3)  # Student's t, 2 degrees of freedom
+    row = sweep.table(each).splitlines()[2]
+    assert f"+0.300 [{0.3 - half:+.3f}, {0.3 + half:+.3f}]" in row and "| 3 " in row
