@@ -95,14 +95,14 @@ def save(run: Path, state: State, keep: int) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, run: Path) -> Iterator[None]:
+def writing(path: Path, run: Path, again: str = "python pop.py --resume {run}") -> Iterator[None]:
     """Turns a full disk or a missing permission into a UserError. Checkpoints that were whole before still are."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot write {path}: {reason}. Make room or give write permission, then python pop.py --resume {run}"
+            f"cannot write {path}: {reason}. Make room or give write permission, then {again.format(run=run)}"
         ) from error
 
 
@@ -280,10 +280,10 @@ def check_changes(stored: dict[str, Any], cfg: "Config") -> None:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Inside, no other process trains in this folder; the system lifts the lock however the process ends."""
+    """Inside, no other process works in this folder; the system lifts the lock however the process ends."""
     with (run / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {run}: stop it first, or wait for its end") from None
+            raise UserError(f"another process is at work in {run}: stop it first, or wait for its end") from None
         yield

@@ -107,7 +107,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def add_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with checkpoint.writing(path, path.parent), path.open("a", encoding="utf-8") as file:
+    with checkpoint.writing(path, path.parent, "the same command"), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -148,6 +148,7 @@ def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace
             add_records(path, new)
             had |= {record["id"]: record for record in new}
             bar.update(len(chunk))
+    args.token_budget = budgets["answer"]  # halved for good where memory ran out
     return {item.id: had[item.id] for item in items}
 
 
@@ -216,10 +217,19 @@ def judged(
         add_records(path, ({**asdict(v), "asked": asked[v.question]} for v in verdicts))
         values.update({v.question: v.value for v in verdicts})
 
-    todo = [q for q in questions if q.id not in values]
-    if todo:
-        print(f"{label}: {len(questions) - len(todo)} of {len(questions)} verdicts are there, {len(todo)} to ask for")
-        judge.ask(todo, keep)
+    def ask() -> None:
+        if isinstance(judge, LocalJudge):
+            judge.llm.token_budget = budgets["judge"]
+        judge.ask([q for q in questions if q.id not in values], keep)
+
+    budgets = {"judge": args.token_budget}
+    if todo := len(questions) - len(values):
+        print(f"{label}: {len(values)} of {len(questions)} verdicts are there, {todo} to ask for")
+        if isinstance(judge, LocalJudge):
+            faults.within_memory(judge.llm, "judge", ask, lambda: None, budgets)
+            args.token_budget = budgets["judge"]
+        else:
+            ask()
     return values
 
 

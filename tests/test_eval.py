@@ -350,6 +350,26 @@ def test_another_local_judge_is_loaded_in_the_policy_s_place(tiny, tmp_path, pro
     assert "flatters" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("phase", ["answer", "judge"])
+def test_where_memory_runs_out_smaller_batches_give_the_same(phase, tiny, tmp_path, prompts, run, monkeypatch, capsys):
+    evaluation.main(command("winrate", tmp_path, "--data", prompts, "--adapter", run, "--output", str(tmp_path / "a")))
+    counted, failed = model.LLM.generate, []
+
+    def generate(self, rows, **settings):
+        if settings.get("desc") == phase and not failed:
+            failed.append(self.token_budget)
+            self.batch = (3, 100)
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        assert settings.get("desc") != phase or self.token_budget < failed[0]
+        return counted(self, rows, **settings)
+
+    monkeypatch.setattr(model.LLM, "generate", generate)
+    evaluation.main(command("winrate", tmp_path, "--data", prompts, "--adapter", run, "--output", str(tmp_path / "b")))
+    first, second = ((tmp_path / name / "results-base.json").read_text() for name in "ab")
+    assert failed and json.loads(first) == json.loads(second)
+    assert f"out of memory in {phase} with 3 rows" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------- heldout
 
 
