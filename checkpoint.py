@@ -38,7 +38,7 @@ FILES = {"adapter/adapter_model.safetensors", "optimizer.safetensors", "rng.safe
 
 # Fields of Config that may differ on resume: they say when to write, print or stop, never what is computed. `steps`
 # is not one of them: the learning rate of every update depends on it.
-SAFE = frozenset({"resume", "save_every", "keep", "show_every", "min_yield", "patience"})
+SAFE = frozenset({"resume", "save_every", "keep", "show_every", "min_yield", "patience", "tracker"})
 
 
 @dataclass

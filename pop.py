@@ -8,6 +8,7 @@ Shape letters as in model.py: B rows, T tokens of a row, N completion tokens of 
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import random
@@ -163,6 +164,8 @@ class Config:
     """Token budget (rows x longest row) of a generation or judging batch."""
     update_tokens: int = 4_096
     """Token budget of a micro-batch of the update; has no effect on the gradient."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where each step's numbers go besides metrics.jsonl; the package of that name must be installed."""
     show_every: int = 5
     """Print one example every so many steps."""
     save_every: int = 20
@@ -194,6 +197,8 @@ class Config:
         for name in ("audit", "eval_every", "patience"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 (off) or more")
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            raise UserError(f"--tracker {self.tracker}: not installed; pip install {self.tracker}")
         if self.audit == 1:
             raise UserError("--audit 1: must be 0 (off) or at least 2: one document gives no interval")
         if self.rubric_answers < 0 or self.extremes < 0:
@@ -595,6 +600,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
         with timed(name):
             return safely(name, work, episodes)
 
+    track = runlog.tracker(cfg, run)
     with Signals() as signals:
         try:
             faults.try_longest(llm, cfg, progress["budgets"])
@@ -629,6 +635,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                     metrics = runlog.metrics(step, episodes, trained, seconds, corpus, evaluated)
                     metrics |= {"yields": faults.yields(episodes), "token_budgets": progress["budgets"]}
                     runlog.append(run / "metrics.jsonl", metrics)
+                    track(step, metrics)
                     for e in episodes:
                         runlog.append(run / "episodes.jsonl", {"step": step, **asdict(e)})
                     finished = checkpoint.rng_states(rng)

@@ -1,9 +1,11 @@
 """What a run writes down of a step: numbers, episodes, and what a person reads while it goes on."""
 
+import importlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +64,39 @@ def group_std(episode: Episode) -> float:
 def append(path: Path, record: dict[str, Any]) -> None:
     with checkpoint.writing(path, path.parent), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def tracker(cfg: "Config", run: Path) -> Callable[[int, dict[str, Any]], None]:
+    """(step, metrics) -> nothing: sends the numbers among the metrics to cfg.tracker, nested ones as outer/inner."""
+    if cfg.tracker == "none":
+        return lambda step, metrics: None
+    if cfg.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run / "tensorboard"))
+
+        def write(step: int, metrics: dict[str, Any]) -> None:
+            for name, value in flat(metrics):
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return write
+    service = importlib.import_module(cfg.tracker)  # wandb or trackio, which has the same functions
+    service.init(project="pop", name=run.name, config=asdict(cfg))
+    return lambda step, metrics: service.log(dict(flat(metrics)), step=step)
+
+
+def flat(metrics: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among the metrics.
+
+    >>> dict(flat({"loss": 1.5, "kl": None, "seconds": {"solve": 2}}))
+    {'loss': 1.5, 'seconds/solve': 2}
+    """
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{outer}{name}/")
+        elif isinstance(value, int | float):
+            yield outer + name, value
 
 
 def one_line(m: dict[str, Any], cfg: "Config") -> str:

@@ -1,8 +1,13 @@
 """The method: advantages, the GRPO loss and its gradient, the update, and that the loop learns."""
 
+import importlib
+import importlib.machinery
+import importlib.util
 import json
 import math
 import random
+import sys
+import types
 from dataclasses import replace
 from itertools import pairwise
 
@@ -301,3 +306,40 @@ def test_preset_flags_on_top_of_a_preset(capsys):
     cfg = pop.parse_args(["--preset", "24gb", "--lr", "3e-5"])
     assert (cfg.model, cfg.lr, cfg.judge) == ("Qwen/Qwen2.5-7B-Instruct", 3e-5, "generate")
     assert "preset 24gb" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_is_given_the_configuration_and_each_step_s_numbers(name, played, tmp_path, monkeypatch):
+    said = []
+    service = types.ModuleType(name)
+    service.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    service.init = lambda **given: said.append(given)
+    service.log = lambda numbers, step: said.append((step, numbers))
+    monkeypatch.setitem(sys.modules, name, service)
+    pop.main([*played, "--tracker", name, "--output", str(tmp_path / "run")])
+    start, *steps = said
+    assert start["name"] == "run" and start["config"]["model"] == "smollm2"
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step, _ in steps] == [1, 2]
+    for (_, numbers), written in zip(steps, metrics, strict=True):
+        assert numbers["reward_mean"] == written["reward_mean"]
+        assert numbers["seconds/solve"] == written["seconds"]["solve"]
+        assert all(isinstance(number, int | float) for number in numbers.values())
+
+
+def test_tensorboard_files_hold_each_step_s_numbers(played, tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pop.main([*played, "--tracker", "tensorboard", "--output", str(tmp_path / "run")])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rewards = {event.step: event.value for event in events.Scalars("reward_mean")}
+    assert rewards == pytest.approx({m["step"]: m["reward_mean"] for m in metrics})
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--tracker wandb: not installed; pip install wandb"):
+        Config(tracker="wandb")
