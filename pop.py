@@ -29,6 +29,7 @@ import checkpoint
 import faults
 import guards
 import heldout
+import report
 import rubric
 import runlog
 from checkpoint import State
@@ -649,6 +650,8 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                         )
                     if step % cfg.show_every == 0 or step in (1, cfg.steps):
                         tqdm.write(runlog.example(episodes))
+                    if evaluated and step < cfg.steps:
+                        report.refresh(run)
                     if trouble:
                         raise UserError(f"stopped after step {step}, which is saved in {run}: {trouble}")
                     if stalled:
@@ -660,6 +663,8 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             checkpoint.set_rng_states(rng, finished)
             checkpoint.save(run, state, cfg.keep)
             raise
+        finally:  # while signals are still ours: a closing terminal often sends two
+            report.refresh(run)
 
 
 def run_folder(cfg: Config) -> Path:
