@@ -183,9 +183,8 @@ def reward_in_words(metrics: Metrics) -> str:
 
 def best_step(run: Run) -> str:
     """The step of the adapter in best/, by the newest checkpoint or an evaluation since then."""
-    key = f"heldout_{run.config.get('best_by', 'similarity')}"
-    if not points(run.metrics, key):
-        key = "heldout_reward"  # as in heldout.watch
+    keys = f"heldout_{run.config.get('best_by', 'similarity')}", "heldout_reward"  # as in heldout.watch
+    key = next((key for key in keys if points(run.metrics, key)), "heldout_score")
     scores = points(run.metrics, key)
     for path in sorted(run.path.glob("checkpoints/step-*/state.json"))[-1:]:
         progress = read_json(path, run.notes).get("progress", {})
@@ -209,7 +208,7 @@ def verdict(audit: dict[str, Any]) -> list[str]:
         found = [warning.removeprefix("WARNING: ") for warning in heldout.warnings(audit)]
     except (KeyError, TypeError) as error:
         return [f"audit.json is not as heldout.py writes it ({brief(error)})"]
-    return [*found, f"({by})"] if found else [f"no worthless answer earns a reward ({by})"]
+    return [*found, f"({by})"] if found else [f"nothing was found that the reward can be had by ({by})"]
 
 
 def time_in_words(metrics: Metrics) -> str:
@@ -237,10 +236,8 @@ def highlights(groups: Sequence[Group]) -> dict[str, list[tuple[float, Group]]]:
 
 def by_importance(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     """(highlights and the newest step, the rest in an order of which every beginning is an even sample)."""
-    newest = max((g.step for g in groups), default=0)
-    picked = {g.id for picks in highlights(groups).values() for _, g in picks} | {
-        g.id for g in groups if g.step == newest
-    }
+    newest = {g.id for g in groups if g.step == groups[-1].step}
+    picked = newest | {g.id for picks in highlights(groups).values() for _, g in picks}
     rest = [g for g in groups if g.id not in picked]
     # The multiples of the golden ratio, modulo 1, lie evenly, and so do those below any bound.
     order = sorted(range(len(rest)), key=lambda i: i * (math.sqrt(5) - 1) / 2 % 1)
