@@ -13,7 +13,9 @@ from pathlib import Path
 STEPS = 8
 SERVER = multiprocessing.get_context("forkserver")
 # Forked children find these already imported; each would take seconds.
-SERVER.set_forkserver_preload(["conftest", "pop", "peft", "bitsandbytes", "transformers.models.llama.modeling_llama"])
+SERVER.set_forkserver_preload(
+    ["conftest", "pop", "peft", "bitsandbytes", "transformers.models.llama.modeling_llama", "matplotlib.figure"]
+)
 
 
 def tiny_folder(folder: Path) -> Path:
