@@ -492,8 +492,9 @@ def update(
             current, entropy = logps(part)
             old = stored(part, "old_logps")
             old = current.detach() if old is None else old  # on-policy: the same
-            tokens = [(s.advantage, normaliser(s, samples, cfg)) for s in in_order(part) for _ in s.completion]
-            advantages, totals = torch.tensor(tokens, device=llm.device).unbind(-1)  # (N,)
+            weights = torch.tensor([(s.advantage, normaliser(s, samples, cfg)) for s in in_order(part)])
+            lengths = torch.tensor([len(s.completion) for s in in_order(part)])
+            advantages, totals = weights.repeat_interleave(lengths, 0).to(llm.device).unbind(-1)  # (N,)
             ref = stored(part, "ref_logps") if cfg.kl_coef > 0 and cfg.loss != "dpo" else None
             loss, counted = grpo_loss(current, old, ref, advantages, totals, cfg)
             loss.backward()
