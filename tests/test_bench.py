@@ -82,8 +82,8 @@ def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, judge, monke
     assert result["tokens"] == {"rollout": len(recorded), "update": len(recorded)}
     assert set(result["seconds"]) == {"rollout", "judge", "update", "total"}
     assert fast.decode is decode
-    # Six rows to step 3, when three have ended; one of the other three ends in step 5, too few to make two leave.
-    assert [rows for rows, _ in result["decode_steps"]] == [6] * 3 + [3] * 6
+    # Of six rows two end in step 2, one of the other four in step 3, one of the other three in step 5.
+    assert [rows for rows, _ in result["decode_steps"]] == [6, 6, 4, 3, 3, 2, 2, 2, 2]
 
 
 def test_padding_is_what_went_through_the_model_beyond_the_tokens_needed(llm, monkeypatch):
