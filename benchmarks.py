@@ -79,13 +79,13 @@ def official(module: str, name: str) -> str:
         raise UserError(f"the benchmark's own judge prompt is missing ({error}): {REMEDY}") from None
 
 
-def find_data(given: str | None, own: Path | None, hub: tuple[str, str] | None) -> Path:
-    """--data: a file, the word hub (the benchmark's full set), or None for the packaged one.
+def find_data(given: str | None, own: tuple[str, ...], hub: tuple[str, str] | None = None) -> Path:
+    """--data: a file, the word hub (the benchmark's full set), or None for the packaged one, `own`.
 
     Raises UserError, saying which file to give, if there is none to be had.
     """
-    if given is None and own is not None:
-        return own
+    if given is None:
+        return packaged(*own)
     if given == "hub" and hub:
         try:
             return Path(huggingface_hub.hf_hub_download(*hub, repo_type="dataset"))
@@ -94,7 +94,7 @@ def find_data(given: str | None, own: Path | None, hub: tuple[str, str] | None) 
                 f"cannot get {hub[1]} of {hub[0]} from the hub ({brief(error)}): give a copy of that file by "
                 f"--data FILE, or leave --data out for the packaged set ({REMEDY})"
             ) from None
-    path = Path(str(given)).expanduser()
+    path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"--data {given}: no such file (give a .jsonl file{', or hub' if hub else ''})")
     return path
@@ -153,7 +153,7 @@ def read_ifeval(args: argparse.Namespace) -> list[Item]:
             raise ValueError("not one kwargs for each of instruction_id_list")
         return Item(str(row.get("key", number)), ask(text_of(row, "prompt")), row)
 
-    own = None if args.data else packaged("ifeval", "data", "input_data.jsonl")
+    own = ("ifeval", "data", "input_data.jsonl")
     return read_lines(find_data(args.data, own, ("google/IFEval", "ifeval_input_data.jsonl")), item_of)
 
 
@@ -181,7 +181,7 @@ def read_healthbench(args: argparse.Namespace) -> list[Item]:
         conversation = [{"role": m["role"], "content": text_of(m, "content")} for m in row["prompt"]]
         return Item(str(row.get("prompt_id", number)), conversation, {"rubrics": rubrics})
 
-    own = None if args.data else packaged("healthbench", "data", "healthbench_eval.jsonl")
+    own = ("healthbench", "data", "healthbench_eval.jsonl")
     return read_lines(find_data(args.data, own, ("openai/healthbench", "2025-05-07-06-14-12_oss_eval.jsonl")), item_of)
 
 
@@ -235,8 +235,8 @@ def read_writing(args: argparse.Namespace) -> list[Item]:
             raise ValueError("checklist has no criteria")
         return Item(str(row.get("index", number)), ask(text_of(row, "query")), {"checklist": row["checklist"]})
 
-    own = None if args.data else packaged("writingbench", "benchmark_query", "benchmark_all.jsonl")
-    return read_lines(find_data(args.data, own, None), item_of)
+    own = ("writingbench", "benchmark_query", "benchmark_all.jsonl")
+    return read_lines(find_data(args.data, own), item_of)
 
 
 def ask_writing(item: Item, answer: str, base: str) -> list[Question]:
@@ -300,15 +300,15 @@ Two lines. First "Reason:" and what decides it, in one or two sentences. Then "B
 
 def read_prompts(args: argparse.Namespace) -> list[Item]:
     """Any file of prompts: a .txt file with one in each line, or JSON Lines with a field prompt; or Arena-Hard v2's."""
-    if args.data and args.data.lower().endswith(".txt"):
-        lines = enumerate(find_data(args.data, None, None).read_text(encoding="utf-8").splitlines(), 1)
+    path = find_data(args.data, ("arena_hard", "data", "arena-hard-v2.0", "question.jsonl"))
+    if path.suffix.lower() == ".txt":
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         items = [Item(f"line-{n}", ask(line.strip()), {}) for n, line in lines if line.strip()]
         if not items:
             raise UserError(f"{args.data}: no usable line")
         return items
-    own = None if args.data else packaged("arena_hard", "data", "arena-hard-v2.0", "question.jsonl")
     return read_lines(
-        find_data(args.data, own, None),
+        path,
         lambda row, n: Item(str(row.get("uid", row.get("id", n))), ask(text_of(row, "prompt", "question")), {}),
     )
 

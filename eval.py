@@ -116,7 +116,6 @@ def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace
     path = args.folder / f"answers-{label}.jsonl"
     asked = {item.id: digest(item.messages) for item in items}
     had = {r["id"]: r for r in read_records(path) if asked.get(r["id"]) == r["asked"]}
-    prompts = {item.id: llm.encode_messages(item.messages) for item in items}
     todo = [item for item in items if item.id not in had]
     budgets = {"answer": args.token_budget}
     with tqdm(total=len(items), initial=len(items) - len(todo), desc=f"answers of {label}", unit="prompt") as bar:
@@ -127,7 +126,7 @@ def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace
                 llm.token_budget = budgets["answer"]
                 torch.manual_seed(int(digest(args.seed, *(item.id for item in chunk)), 16) % 2**63)
                 return llm.generate(
-                    [prompts[item.id] for item in chunk],
+                    [llm.encode_messages(item.messages) for item in chunk],
                     max_new_tokens=args.max_new_tokens,
                     temperature=args.temperature,
                     desc="answer",

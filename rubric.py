@@ -486,7 +486,7 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
     if cfg.rubric != "written":
         for e in episodes:
             e.rubric = list(GENERIC if cfg.rubric == "generic" else OVERALL)
-    prompts = [llm.encode("", rubric_prompt(e, cfg)) for e in episodes]
+    prompts = {i: llm.encode("", rubric_prompt(e, cfg)) for i, e in enumerate(episodes) if not e.rubric}
     for temperature, n in ((0.0, 1), (0.5, 3)):  # greedy, and three samples where nothing of that is of use
         todo = [i for i, e in enumerate(episodes) if not e.rubric]
         if not todo:
