@@ -39,6 +39,7 @@ FILES = {"adapter/adapter_model.safetensors", "optimizer.safetensors", "rng.safe
 # Fields of Config that may differ on resume: they say when to write, print or stop, never what is computed. `steps`
 # is not one of them: the learning rate of every update depends on it.
 SAFE = frozenset({"resume", "save_every", "keep", "show_every", "min_yield", "patience", "tracker"})
+RESUME = "python pop.py --resume {run}"
 
 
 @dataclass
@@ -95,7 +96,7 @@ def save(run: Path, state: State, keep: int) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, run: Path, again: str = "python pop.py --resume {run}") -> Iterator[None]:
+def writing(path: Path, run: Path, again: str = RESUME) -> Iterator[None]:
     """Turns a full disk or a missing permission into a UserError. Checkpoints that were whole before still are."""
     try:
         yield

@@ -29,11 +29,13 @@ import model
 import pop
 import results
 import rubric
+import runlog
 from benchmarks import BENCHMARKS, Item, held_out_items
 from data import HUB_CORPORA, UserError
 from judges import EndpointJudge, LocalJudge, Question, Value, Verdict
 from model import LLM
 
+AGAIN = "the same command"  # goes on where an evaluation ended
 CHUNK = 64  # prompts that are answered before their answers are written down
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -106,11 +108,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
 
-def add_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with checkpoint.writing(path, path.parent, "the same command"), path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """item id -> {text, tokens, words, finished}; those that are on disk are read, the others written as they come."""
     path = args.folder / f"answers-{label}.jsonl"
@@ -144,7 +141,7 @@ def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace
                 }
                 for item, (completion,) in zip(chunk, written, strict=True)
             ]
-            add_records(path, new)
+            runlog.append(path, *new, again=AGAIN)
             had |= {record["id"]: record for record in new}
             bar.update(len(chunk))
     args.token_budget = budgets["answer"]  # halved for good where memory ran out
@@ -188,7 +185,7 @@ def problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) ->
     with tqdm(total=len(documents), initial=len(documents) - len(todo), desc="problems", unit="document") as bar:
         for start in range(0, len(todo), 8):
             new = heldout.make(llm, todo[start : start + 8], cfg)
-            add_records(path, map(asdict, new))
+            runlog.append(path, *map(asdict, new), again=AGAIN)
             had += new
             bar.update(len(new))
     kept = [e for e in rubric.alive(had) if e.document in documents]
@@ -213,7 +210,7 @@ def judged(
     }
 
     def keep(verdicts: Sequence[Verdict]) -> None:
-        add_records(path, ({**asdict(v), "asked": asked[v.question]} for v in verdicts))
+        runlog.append(path, *({**asdict(v), "asked": asked[v.question]} for v in verdicts), again=AGAIN)
         values.update({v.question: v.value for v in verdicts})
 
     def ask() -> None:

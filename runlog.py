@@ -61,9 +61,9 @@ def group_std(episode: Episode) -> float:
     return statistics.pstdev([a.reward or 0.0 for a in episode.answers])
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    with checkpoint.writing(path, path.parent), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def append(path: Path, *records: dict[str, Any], again: str = checkpoint.RESUME) -> None:
+    with checkpoint.writing(path, path.parent, again), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def tracker(cfg: "Config", run: Path) -> Callable[[int, dict[str, Any]], None]:
