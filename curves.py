@@ -84,6 +84,7 @@ def curve(runs: Mapping[str, Metrics], key: str, title: str, unit: str) -> Plot 
 
 def stack(metrics: Metrics, key: str, title: str, unit: str) -> Plot | None:
     """Named numbers on top of each other in bars. Names for which there is no colour are one."""
+    metrics = [m for m in metrics if m["step"] > 0]  # step 0: what was measured before the first
     starts, means = bars(metrics, key)
     summed = totals(metrics, key)
     names = [name for name, _ in summed.most_common(len(COLOURS) - 1)]

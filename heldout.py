@@ -129,19 +129,18 @@ class Recording:
             raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
         if not episodes:
             raise UserError(f"--episodes {name}: no episode there has a rubric")
-        self.episodes: dict[str, Episode] = {}
-        for e in episodes:
-            self.episodes.setdefault(e.document.text, e)
+        self.episodes = {id(e.document): e for e in episodes}  # not by its text: a document may recur, its problem not
 
     def __iter__(self) -> Iterator[Document]:
         return itertools.cycle([e.document for e in self.episodes.values()])
 
 
 def replayed(documents: Sequence[Document], cfg: "Config") -> list[Episode]:
-    """The recorded problems of these documents, and their rubrics where these were written in the way of `cfg`."""
+    """The recorded problems of these documents (the recording's own objects), and their rubrics where these were
+    written in the way of `cfg`."""
     recorded = recording(cfg.episodes).episodes
     written = cfg.rubric == "written" and cfg.rubric_document and cfg.rubric_answers > 0
-    found = [recorded[document.text] for document in documents]
+    found = [recorded[id(document)] for document in documents]
     return [Episode(e.document, e.problem, e.reference, rubric=list(e.rubric) if written else []) for e in found]
 
 

@@ -142,9 +142,10 @@ def facts(run: Run) -> dict[str, list[str]]:
     drops = Counter(g.drop for g in run.groups if g.drop)
     return {
         "Model": [f"{cfg.get('model', 'unknown')}, {cfg.get('load_in', 'unknown')}"],
-        "Documents": [f"{corpus}, task {cfg.get('task', 'unknown')}"],
+        "Documents": [f"{corpus}, task {cfg.get('task', 'unknown')}"]
+        + ([f"problems and rubrics of {cfg['episodes']}"] if cfg.get("episodes") else []),
         "Preset": changes(cfg),
-        "Steps": [f"{len(run.metrics):,} done of {cfg.get('steps', 'unknown')} planned"],
+        "Steps": [f"{sum(m['step'] > 0 for m in run.metrics):,} done of {cfg.get('steps', 'unknown')} planned"],
         "Reward": [reward_in_words(run.metrics)],
         "Best step": [best_step(run)],
         "Audit": verdict(run.audit),
@@ -182,18 +183,12 @@ def reward_in_words(metrics: Metrics) -> str:
 
 
 def best_step(run: Run) -> str:
-    """The step of the adapter in best/, by the newest checkpoint or an evaluation since then."""
+    """The step of the adapter in best/."""
     keys = f"heldout_{run.config.get('best_by', 'similarity')}", "heldout_reward"  # as in heldout.watch
-    key = next((key for key in keys if points(run.metrics, key)), "heldout_score")
-    scores = points(run.metrics, key)
-    for path in sorted(run.path.glob("checkpoints/step-*/state.json"))[-1:]:
-        progress = read_json(path, run.notes).get("progress", {})
-        best = progress.get("heldout", {})
-        if number(best.get("score")) is not None:  # it may be of step 0, which has no line in the metrics
-            scores = [(best["step"], best["score"]), *(p for p in scores if p[0] > progress["step"])]
-    if not scores:
+    key = next((key for key in keys if points(run.metrics, key)), None)
+    if key is None:
         return "none: nothing was measured on held-out documents"
-    step, score = max(scores, key=lambda p: p[1])  # of equal ones the first, as in heldout.watch
+    step, score = max(points(run.metrics, key), key=lambda p: p[1])  # of equal ones the first, as in heldout.watch
     return f"{step or '0, before training'}: {key.replace('heldout_', 'held-out ')} {score:.3f}"
 
 

@@ -69,7 +69,8 @@ def played(llm=None, **flags):
     """(prompts by role, the episode) of one round of self-play on one document."""
     llm = llm or Speaker()
     cfg = replace(Config(group_size=2, rubric_answers=2, tries=1), **flags)
-    (episode,) = pop.play(llm, [DOCUMENT], cfg, random.Random(0))
+    document = next(iter(heldout.recording(cfg.episodes))) if cfg.episodes else DOCUMENT
+    (episode,) = pop.play(llm, [document], cfg, random.Random(0))
     assert episode.drop in (None, "group/zero spread")
     return llm.prompts, episode
 
@@ -359,9 +360,12 @@ def test_a_rubric_of_another_way_of_writing_is_written_anew_for_the_replayed_pro
     assert after["rubric"] == played(**flags)[0]["rubric"] and "propose" not in after
 
 
-def test_a_replay_goes_through_the_documents_with_a_rubric_over_and_over(recorded):
-    documents = iter(heldout.Recording(recorded))
-    assert [next(documents).id for _ in range(5)] == ["tides", "other", "tides", "other", "tides"]
+def test_a_replay_goes_through_the_episodes_with_a_rubric_over_and_over(recorded):
+    documents = iter(heldout.recording(recorded))
+    batch = [next(documents) for _ in range(5)]
+    assert [document.id for document in batch] == ["tides", "other", "tides", "tides", "other"]
+    problems = [e.problem for e in heldout.replayed(batch, Config(episodes=recorded))]
+    assert problems == [PROBLEM, "Why?", "Another problem?", PROBLEM, "Why?"]
 
 
 @pytest.mark.parametrize("content", ["", "nonsense\n", '{"step": 1}\n'])

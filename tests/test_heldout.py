@@ -523,7 +523,8 @@ def test_audit_and_watch_do_not_change_what_a_run_trains_on(run):
 
 def test_held_out_numbers_are_null_where_nothing_was_measured(run):
     metrics = lines(run("run", "--audit", "0", "--eval-every", "2", "--eval-documents", "2") / "metrics.jsonl")
-    assert [[m[name] is None for name in heldout.METRICS] for m in metrics] == [[True] * 3, [False] * 3]
+    assert [m["step"] for m in metrics] == [0, 1, 2]  # 0: before training
+    assert [[m[name] is None for name in heldout.METRICS] for m in metrics] == [[False] * 3, [True] * 3, [False] * 3]
 
 
 def test_a_run_never_trains_on_its_held_out_documents(run, corpus):
@@ -536,7 +537,7 @@ def test_a_run_never_trains_on_its_held_out_documents(run, corpus):
 def test_patience_stops_a_run_and_saves_it(run, monkeypatch, capsys):
     scores(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.1])
     folder = run("run", "--audit", "0", "--eval-every", "1", "--eval-documents", "2", "--steps", "4", "--patience", "2")
-    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [1, 2]
+    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [0, 1, 2]
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert "the best, of step 0, is in best/" in capsys.readouterr().out
 

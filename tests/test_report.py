@@ -137,14 +137,8 @@ def test_an_exploitable_answer_is_named(tmp_path):
 EVALUATIONS = [metrics(s, heldout_similarity=x, heldout_reward=1 - x) for s, x in ((1, 0.5), (2, 0.625), (3, 0.5))]
 
 
-def best(tmp_path, evaluations=EVALUATIONS, saved=None, **config):
-    run = make_run(tmp_path / "run", evaluations, **config)
-    if saved:
-        step, heldout = saved
-        folder = run / "checkpoints" / f"step-{step:06}"
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"progress": {"step": step, "heldout": heldout}}))
-    return words_of(run, "Best step")
+def best(tmp_path, evaluations=EVALUATIONS, **config):
+    return words_of(make_run(tmp_path / "run", evaluations, **config), "Best step")
 
 
 def test_the_best_step_is_that_of_the_highest_similarity(tmp_path):
@@ -159,20 +153,24 @@ def test_without_similarities_the_reward_decides(tmp_path):
     assert best(tmp_path, [metrics(s, heldout_reward=0.25 * s) for s in (1, 2)]) == ["2: held-out reward 0.500"]
 
 
-def test_a_checkpoint_knows_of_a_best_step_before_training(tmp_path):
-    saved = (3, {"score": 0.75, "step": 0, "since": 3})
-    assert best(tmp_path, saved=saved) == ["0, before training: held-out similarity 0.750"]
+def test_the_best_step_may_be_before_training(tmp_path):
+    before = {"step": 0, "heldout_similarity": 0.75, "heldout_reward": 0.0, "heldout_length": 10.0}
+    assert best(tmp_path, [before, *EVALUATIONS]) == ["0, before training: held-out similarity 0.750"]
 
 
-def test_before_the_first_evaluation_in_training_the_score_has_no_other_name(tmp_path):
-    assert best(tmp_path, [metrics(1)], (1, {"score": 0.75, "step": 0, "since": 0})) == [
-        "0, before training: held-out score 0.750"
-    ]
+def test_what_was_measured_before_training_is_no_step(tmp_path, monkeypatch):
+    before = {"step": 0, "heldout_similarity": 0.75}
+    assert words_of(make_run(tmp_path / "run", [before, metrics(1)]), "Steps") == ["1 done of 4 planned"]
+    monkeypatch.setattr(curves, "svg_of", lambda draw, unit, steps: steps)
+    drawn = {plot.title: plot.svg for plot in curves.plots({"run": [before, metrics(1)]})}
+    assert drawn["Held-out similarity to references"] == [0, 1] and drawn["Time by phase"] == [1]
 
 
-def test_an_evaluation_after_the_checkpoint_can_be_better(tmp_path):
-    saved = (1, {"score": 0.5, "step": 1, "since": 0})
-    assert best(tmp_path, saved=saved) == ["2: held-out similarity 0.625"]
+def test_replayed_episodes_are_named_with_the_documents(tmp_path):
+    run = make_run(tmp_path / "run")
+    cfg = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**cfg, "episodes": "other/episodes.jsonl"}))
+    assert words_of(run, "Documents")[1:] == ["problems and rubrics of other/episodes.jsonl"]
 
 
 # -------------------------------------------------------------------------------------------------------- curves
@@ -466,7 +464,7 @@ def test_it_is_refreshed_at_every_evaluation(trained, monkeypatch):
     monkeypatch.setattr(pop.heldout, "similarities", lambda pairs: None)  # its model takes a second to load
     monkeypatch.setattr(report, "write", lambda runs: seen.append(len(report.read_run(runs[0]).metrics)))
     trained(eval_every=1, eval_documents=1)
-    assert seen == [1, 2]
+    assert seen == [2, 3]  # step 0 is what was measured before
 
 
 def failing(monkeypatch, error):
