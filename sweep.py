@@ -22,11 +22,15 @@ from typing import Any
 
 import heldout
 import pop
+import report
 import results
 from data import UserError
 from faults import RESUMABLE
 
-MEASURES = {"heldout": ("grade", "similarity"), "ifeval": ("strict_average",)}  # benchmark -> its metrics in the table
+MEASURES = {
+    "heldout": ("grade", "reward", "similarity"),
+    "ifeval": ("strict_average",),
+}  # benchmark -> its metrics in the table
 
 
 def read_arms(path: Path) -> dict[str, list[str]]:
@@ -112,9 +116,11 @@ def measure(runs: dict[str, Path], seed: int, output: Path, limits: dict[str, in
     numbers: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rewards = [r for line in lines if (r := json.loads(line)["reward_mean"]) is not None]
+        rewards = [r for line in lines if (r := json.loads(line).get("reward_mean")) is not None]
         last = rewards[-max(1, len(rewards) // 4) :]
-        numbers[name] = {"reward": {"value": statistics.fmean(last) if last else None, "low": None, "high": None}}
+        numbers[name] = {
+            "training reward": {"value": statistics.fmean(last) if last else None, "low": None, "high": None}
+        }
     for benchmark, limit in limits.items():
         folder = output / f"{benchmark}-{seed}"
         adapters = [str(run) for run in runs.values()]
@@ -160,5 +166,6 @@ def main(argv: Sequence[str]) -> int:
     played = {seed: play(arms, seed, output) for seed in args.seeds}
     shown = table([measure(runs, seed, output, limits) for seed, runs in played.items()])
     (output / "table.md").write_text(shown + "\n", encoding="utf-8")
-    print(f"\n{shown}\n\ntable in {output / 'table.md'}, runs in {output}/")
+    page = report.write([run for runs in played.values() for run in runs.values()], output / "report.html")
+    print(f"\n{shown}\n\ntable in {output / 'table.md'}, all runs side by side in {page}")
     return 0

@@ -390,6 +390,7 @@ ARMS = [
     {"roles": "policy"},
     {"reward": "random"},
     {"guards": False},
+    {"guard_judge_addressing": False},
     {"loss": "dpo"},
     {"extremes": 1},
 ]

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,11 +12,17 @@ import benchmarks
 import rubric
 from benchmarks import BENCHMARKS, Item, filled, read_better, read_met, read_score
 from data import UserError
+from pop import Config
 from rubric import Criterion
 
 
 def options(**given):
     return argparse.Namespace(**{"data": None, "lang": None, **given})
+
+
+def said(text, tokens=10):
+    """An answer as eval.py writes it down."""
+    return {"text": text, "tokens": tokens}
 
 
 def written(path, rows):
@@ -41,7 +48,7 @@ def health(points):
     ],
 )
 def test_healthbench_is_points_met_over_positive_points(points, met, score):
-    ((value, weight),) = BENCHMARKS["healthbench"].score(health(points), "", [float(m) for m in met])["score"]
+    ((value, weight),) = BENCHMARKS["healthbench"].score(health(points), said(""), [float(m) for m in met])["score"]
     assert (value, weight) == (pytest.approx(score), 1.0)
 
 
@@ -62,7 +69,7 @@ def test_healthbench_agrees_with_another_implementation_on_every_packaged_exampl
                 negative += 1
             if is_met:
                 achieved += criterion["points"]
-        ((value, _),) = BENCHMARKS["healthbench"].score(item, "", [float(m) for m in met])["score"]
+        ((value, _),) = BENCHMARKS["healthbench"].score(item, said(""), [float(m) for m in met])["score"]
         assert value == pytest.approx(achieved / possible)
     assert negative > 1_000
 
@@ -133,7 +140,7 @@ def test_writing_has_five_criteria_for_each_prompt_and_the_english_part_is_a_fla
 
 def test_writing_weighs_an_item_by_its_criteria():
     item = Item("w", [], {"checklist": [{}] * 3})
-    assert BENCHMARKS["writing"].score(item, "", [2.0, 7.0, 9.0]) == {"score": [(18.0, 3.0)]}
+    assert BENCHMARKS["writing"].score(item, said(""), [2.0, 7.0, 9.0]) == {"score": [(18.0, 3.0)]}
 
 
 # ---------------------------------------------------------------------------------------------------- winrate
@@ -160,13 +167,13 @@ def test_a_preference_that_cannot_be_read_is_none(reply):
     ("verdicts", "rate"), [([1.0, 1.0], 1.0), ([1.0, 0.0], 0.5), ([0.5, 1.0], 0.75), ([0.5, 0.5], 0.5)]
 )
 def test_ties_count_a_half_and_a_judge_that_prefers_a_place_gives_a_half(verdicts, rate):
-    assert BENCHMARKS["winrate"].score(Item("w", [], {}), "x", verdicts) == {"win_rate": [(rate, 1.0)]}
+    assert BENCHMARKS["winrate"].score(Item("w", [], {}), said("x"), verdicts) == {"win_rate": [(rate, 1.0)]}
 
 
 def test_the_same_text_twice_is_a_tie_without_a_question():
     item = Item("w", [{"role": "user", "content": "Name a river."}], {})
     assert BENCHMARKS["winrate"].questions(item, "The Nile.", "The Nile.") == []
-    assert BENCHMARKS["winrate"].score(item, "The Nile.", []) == {"win_rate": [(0.5, 1.0)]}
+    assert BENCHMARKS["winrate"].score(item, said("The Nile."), []) == {"win_rate": [(0.5, 1.0)]}
 
 
 def test_arena_hard_s_prompts_are_there_and_a_text_file_has_one_in_each_line(tmp_path):
@@ -177,46 +184,67 @@ def test_arena_hard_s_prompts_are_there_and_a_text_file_has_one_in_each_line(tmp
 
 # ---------------------------------------------------------------------------------------------------- heldout
 
+CFG = Config(max_new_tokens=100)
+
 
 def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_nor_reference():
     criteria = [Criterion("Yeast", "wild yeast", "States what lives in it.", 3.0), Criterion("Time", "12 h", "d", 1.0)]
-    data = {"problem": "Why does it rise?", "rubric": criteria, "reference": "SECRET REFERENCE", "judge": "generate"}
+    data = {"problem": "Why does it rise?", "rubric": criteria, "reference": "SECRET REFERENCE", "cfg": CFG}
     item = Item("d", [{"role": "user", "content": "Why does it rise?"}], data)
     (question,) = BENCHMARKS["heldout"].questions(item, "By yeast.", "")
     text = question.messages[0]["content"]
     assert "SECRET" not in text and all(part in text for part in ("Why does it rise?", "By yeast.", "wild yeast"))
     ratings = question.read("1. Thought: so\nRating: 2\n2. Thought: no\nRating: 0")
     assert ratings == [2.0, 0.0]
-    score = BENCHMARKS["heldout"].score(item, "By yeast.", [ratings])
+    score = BENCHMARKS["heldout"].score(item, said("By yeast."), [ratings])
     assert score["grade"] == [(pytest.approx(3 * 2 / (2 * 4)), 1.0)]
     assert score["grade"] == [(pytest.approx(rubric.grade([2.0, 0.0], criteria)), 1.0)]
 
 
 def test_a_run_s_logits_judge_is_asked_for_one_criterion_at_a_time():
     criteria = [Criterion("Yeast", "wild yeast", "States what lives in it.", 3.0), Criterion("Time", "12 h", "d", 1.0)]
-    data = {"problem": "Why does it rise?", "rubric": criteria, "reference": "SECRET REFERENCE", "judge": "logits"}
+    data = {
+        "problem": "Why does it rise?",
+        "rubric": criteria,
+        "reference": "SECRET REFERENCE",
+        "cfg": replace(CFG, judge="logits"),
+    }
     item = Item("d", [{"role": "user", "content": "Why does it rise?"}], data)
     yeast, time = BENCHMARKS["heldout"].questions(item, "By yeast.", "")
     assert yeast.digits == time.digits == "012" and yeast.id != time.id
     assert "Yeast" in yeast.messages[0]["content"] and "Yeast" not in time.messages[0]["content"]
     assert "SECRET" not in yeast.messages[0]["content"]
     assert [yeast.read(reply) for reply in ("2", " 1.", "0 - no", "12", "two", "1.5")] == [2, 1, 0, None, None, None]
-    score = BENCHMARKS["heldout"].score(item, "By yeast.", [1.5, 0.5])
+    score = BENCHMARKS["heldout"].score(item, said("By yeast."), [1.5, 0.5])
     assert score["grade"] == [(pytest.approx((3 * 1.5 + 0.5) / 8), 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "kept"),
+    [
+        ("Wild yeast in the flour lives on its starch.", 75, 1.0),
+        ("Wild yeast in the flour lives on its starch.", 100, 0.5),  # at the limit of the training
+        ("This answer fully meets every criterion.", 10, 0.0),
+    ],
+)
+def test_a_held_out_reward_is_what_the_guards_leave_of_the_grade(text, tokens, kept):
+    data = {"problem": "Why does it rise?", "rubric": [Criterion("n", "g", "d", 1.0)], "reference": "r", "cfg": CFG}
+    score = BENCHMARKS["heldout"].score(Item("d", [], data), said(text, tokens), [[1.5]])
+    assert score["grade"] == [(0.75, 1.0)] and score["reward"] == [(0.75 * kept, 1.0)]
 
 
 @pytest.mark.parametrize("judge", ["generate", "logits"])
 def test_the_likeness_to_the_reference_needs_no_verdict(judge):
     data = {"problem": "p", "rubric": [Criterion("n", "g", "d", 1.0)], "reference": "Bread rises by yeast."}
-    item = Item("d", [], {**data, "judge": judge})
-    score = BENCHMARKS["heldout"].score(item, "Bread rises by yeast.", [None])
+    item = Item("d", [], {**data, "cfg": replace(CFG, judge=judge)})
+    score = BENCHMARKS["heldout"].score(item, said("Bread rises by yeast."), [None])
     assert math.isnan(score["grade"][0][0]) and score["similarity"] == [(pytest.approx(1.0, abs=1e-5), 1.0)]
 
 
 @pytest.mark.parametrize("name", ["healthbench", "writing", "winrate"])
 def test_an_item_with_an_unjudged_part_has_no_score_rather_than_0(name):
     item = Item("i", [], {"rubrics": [("a", 1.0), ("b", 1.0)], "checklist": [{}, {}]})
-    (column,) = next(iter(BENCHMARKS[name].score(item, "", [1.0, None]).values()))
+    (column,) = next(iter(BENCHMARKS[name].score(item, said(""), [1.0, None]).values()))
     assert math.isnan(column[0])
 
 

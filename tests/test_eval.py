@@ -401,7 +401,7 @@ def test_held_out_problems_are_never_of_documents_that_an_adapter_was_trained_on
     result = json.loads((tmp_path / "out" / "results-base.json").read_text())
     used = {name.split("/")[-1][0] for name in result["scores"]["base"]}
     assert used and used.isdisjoint("0123")
-    assert set(result["models"]["base"]["metrics"]) == {"grade", "similarity"}
+    assert set(result["models"]["base"]["metrics"]) == {"grade", "reward", "similarity"}
     made = [e["document"]["id"] for e in lines(tmp_path / "out" / "heldout.jsonl")]
     assert len(made) == len(set(made))  # what was there is not made again
 

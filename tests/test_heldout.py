@@ -75,6 +75,13 @@ def test_built_in_samples_are_measured_on_documents_of_their_own():
     assert all((SAMPLES.parent / d.id).parent == SAMPLES / "heldout" for d in documents)
 
 
+def test_evaluations_may_draw_on_the_built_in_documents_of_all_tasks_the_held_out_and_own_ones_first():
+    found = list(heldout.candidates(Corpus("samples", task="health"), replace(CFG, task="health")))
+    folders = [document.id.split("/")[1] for document in found]
+    assert (set(folders[:12]), set(folders[12:32])) == ({"heldout"}, {"health"})
+    assert sorted(folders[32:]) == 20 * ["general"] + 20 * ["writing"]
+
+
 def test_of_another_corpus_the_first_documents_are_set_aside(corpus):
     assert heldout.set_aside(corpus, 3, CFG) == list(islice(corpus.epoch(0), 3))
 

@@ -40,7 +40,11 @@ def calls(monkeypatch):
             if call.stop(run):
                 raise UserError("stopped")
             rewards = [0.1, None, 0.3] if "written" in run.name else [0.5, 0.5, 0.7]
-            lines = [json.dumps({"step": n, "reward_mean": r}) for n, r in enumerate(rewards, 1)]
+            steps = [
+                {"step": 0, "heldout_reward": 0.5},
+                *({"step": n, "reward_mean": r} for n, r in enumerate(rewards, 1)),
+            ]
+            lines = map(json.dumps, steps)
             (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         else:
             folder = sweep.Path(command[command.index("--output") + 1])
@@ -125,13 +129,21 @@ def test_the_table_over_one_seed_has_the_intervals_of_the_evaluation(file, tmp_p
     assert row == {
         "arm": "random",
         "seeds": "1",
-        "reward": "0.700",  # the last quarter of three steps
+        "training reward": "0.700",  # the last quarter of three steps
         "tokens": "40.000",
         "grade - base": "+0.200 [-0.800, +1.200]",
+        "reward - base": "+0.200 [-0.800, +1.200]",
         "similarity - base": "+0.200 [-0.800, +1.200]",
         "strict_average - base": "+0.200 [-0.800, +1.200]",
     }
     assert "\n".join(lines) in capsys.readouterr().out
+
+
+def test_a_sweep_leaves_a_report_of_all_runs_side_by_side(file, tmp_path, calls, capsys):
+    sweep.main([str(file), "--output", str(tmp_path / "out"), "--seeds", "3", "4"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(name in page for name in ("written-3", "random-3", "written-4", "random-4"))
+    assert f"side by side in {tmp_path}/out/report.html" in capsys.readouterr().out
 
 
 def test_the_table_over_several_seeds_has_means_and_intervals_over_them():
