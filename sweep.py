@@ -17,9 +17,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import checkpoint
 import heldout
 import pop
 import report
@@ -98,17 +100,33 @@ def call(*command: str) -> None:
 def play(arms: dict[str, list[str]], seed: int, output: Path) -> dict[str, Path]:
     """Run each arm, or go on with it, or leave it if it is done: name -> its run folder."""
     runs = {name: output / f"{name}-{seed}" for name in arms}
-    for name, flags in arms.items():
-        run = runs[name]
-        print(f"== {run}: {'done' if finished(run) else shlex.join(flags)}", flush=True)
+    folders = {name: str(run) for name, run in runs.items()}
+    commands = {
+        name: [*(flag.format_map(folders) for flag in flags), "--seed", str(seed), "--output", folders[name]]
+        for name, flags in arms.items()
+    }
+    for name, run in runs.items():
+        if (run / "config.json").exists():
+            check_same(run, commands[name])
+    for name, run in runs.items():
+        print(f"== {run}: {'done' if finished(run) else shlex.join(arms[name])}", flush=True)
         if finished(run):
             continue
         if (run / "config.json").exists():
             call("pop.py", "--resume", str(run))
         else:
-            filled = [flag.format_map({other: str(folder) for other, folder in runs.items()}) for flag in flags]
-            call("pop.py", *filled, "--seed", str(seed), "--output", str(run))
+            call("pop.py", *commands[name])
     return runs
+
+
+def check_same(run: Path, command: Sequence[str]) -> None:
+    """Raises UserError if the run that is there is not the one that the command would make."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        asked = asdict(pop.parse_args(command))
+    stored = checkpoint.stored_config(run)
+    differ = [name for name in asked.keys() | stored.keys() if stored.get(name) != asked.get(name)]
+    if changed := ", ".join(f"{name}: {stored.get(name)} -> {asked.get(name)}" for name in sorted(differ)):
+        raise UserError(f"{run} was made with other flags ({changed}): remove it, or give the sweep another --output")
 
 
 def measure(runs: dict[str, Path], seed: int, output: Path, limits: dict[str, int]) -> dict[str, dict[str, Any]]:

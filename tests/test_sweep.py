@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -36,7 +37,8 @@ def calls(monkeypatch):
             given = dict(pairwise(command))
             run = sweep.Path(given.get("--output") or given["--resume"])
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.json").write_text('{"steps": 3}')
+            if "--resume" not in given:
+                (run / "config.json").write_text(json.dumps(asdict(pop.parse_args(command[1:]))))
             if call.stop(run):
                 raise UserError("stopped")
             rewards = [0.1, None, 0.3] if "written" in run.name else [0.5, 0.5, 0.7]
@@ -117,6 +119,15 @@ def test_a_sweep_goes_on_where_it_stopped(file, tmp_path, calls):
     sweep.main([str(file), "--output", str(out)])
     ran = [command for command in calls.made if command[0] == "pop.py"]
     assert ran == [["pop.py", "--resume", str(out / "random-0")]]  # the first arm is done
+
+
+def test_an_arm_that_is_there_with_other_flags_is_not_taken_for_the_one_asked_for(file, tmp_path, calls):
+    sweep.main([str(file), "--output", str(tmp_path / "out")])
+    calls.made.clear()
+    file.write_text(ARMS.replace("--reward random", "--reward judge --lr 2e-4"))
+    with pytest.raises(UserError, match=r"random-0 was made with other flags \(lr: 0.0001 -> 0.0002, reward: random"):
+        sweep.main([str(file), "--output", str(tmp_path / "out")])
+    assert calls.made == []
 
 
 def test_the_table_over_one_seed_has_the_intervals_of_the_evaluation(file, tmp_path, calls, capsys):
