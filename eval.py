@@ -177,7 +177,11 @@ def problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) ->
     for adapter in adapters:
         if not adapter.run:
             tqdm.write(f"{adapter.label} is no run's: that it has not seen these documents is for you to know")
-    unseen = (d for d in heldout.candidates(pop.open_corpus(cfg), cfg) if d.text not in seen)
+    unseen = (  # adapters may have seen more or less of a document than is used here
+        d
+        for d in heldout.candidates(pop.open_corpus(cfg), cfg)
+        if not any(d.text.startswith(text) or text.startswith(d.text) for text in seen)
+    )
     documents = list(islice(unseen, args.limit or 64))
     read_records(path)  # cuts off half a line
     had = heldout.read(path) if path.exists() else []

@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 import checkpoint
 import guards
 import rubric
-from data import HUB_CORPORA, Corpus, Document, UserError
+from data import HUB_CORPORA, SAMPLES, Corpus, Document, UserError
 from model import LLM
 from rubric import Answer, Criterion, Episode, Phase, alive, plainly, words
 
@@ -71,7 +71,7 @@ def candidates(corpus: Corpus, cfg: "Config") -> Iterator[Document]:
     """
     if corpus.name != "samples":
         return corpus.epoch(0)
-    others = (built_in(cfg, "samples", task) for task in HUB_CORPORA if task != cfg.task)
+    others = (built_in(cfg, "samples", task) for task in HUB_CORPORA if task != cfg.task and (SAMPLES / task).is_dir())
     return itertools.chain(built_in(cfg), corpus.epoch(0), *others)
 
 
@@ -83,6 +83,9 @@ def without(corpus: "Corpus | Recording", episodes: Sequence[Episode]) -> Iterat
 
 def yardstick(cfg: "Config") -> "Config":
     """The configuration to measure with: the run's own, without what is an ablation, so that arms are comparable."""
+    from pop import PRESETS, Config  # which imports this file
+
+    usual = Config(**PRESETS.get(cfg.preset, {}))
     each_guard: dict[str, Any] = {f"guard_{name}": True for name in guards.NAMES}
     return replace(
         cfg,
@@ -92,8 +95,8 @@ def yardstick(cfg: "Config") -> "Config":
         rubric="written",
         rubric_document=True,
         rubric_gold=True,
-        rubric_answers=max(2, cfg.rubric_answers),
-        judge="generate" if cfg.judge == "each" else cfg.judge,
+        rubric_answers=cfg.rubric_answers or usual.rubric_answers,
+        judge=usual.judge if cfg.judge == "each" else cfg.judge,
         guards=True,
         **each_guard,
     )
@@ -129,7 +132,7 @@ class Recording:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.skipped = name, Counter[str]()
+        self.name = name
         try:
             episodes = [e for e in read(Path(name)) if e.rubric]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -152,6 +155,19 @@ def replayed(documents: Sequence[Document], cfg: "Config") -> list[Episode]:
 
 
 recording = functools.cache(Recording)
+
+
+def source(corpus: Corpus, cfg: "Config", watched: Sequence[Episode]) -> "Corpus | Recording":
+    """What is trained on. Raises UserError if of recorded episodes all are of documents that are held out here."""
+    if not cfg.episodes:
+        return corpus
+    held_out = {e.document.text for e in watched}
+    if all(e.document.text in held_out for e in recording(cfg.episodes).episodes.values()):
+        raise UserError(
+            f"--episodes {cfg.episodes}: all its documents are held out in this run; record with the same --audit, "
+            "--eval-every and --eval-documents"
+        )
+    return recording(cfg.episodes)
 
 
 @contextlib.contextmanager
@@ -264,10 +280,10 @@ def audit(llm: LLM, episodes: Sequence[Episode], cfg: "Config", phase: Phase = p
     bars = {"sampled answer": "sampled answer"} | {probe.name: probe.bar for probe in PROBES}
     return {
         "model": cfg.model,
-        "judge": cfg.judge,
+        "judge": yardstick(cfg).judge,
         "task": cfg.task,
         "seed": cfg.seed,
-        "guards": {name: getattr(cfg, f"guard_{name}") for name in guards.NAMES},
+        "guards": {name: cfg.guards and getattr(cfg, f"guard_{name}") for name in guards.NAMES},
         "documents": [e.document.id for e in episodes],
         "probes": [
             {
@@ -414,6 +430,7 @@ def watch(
     episodes = alive(episodes)[: cfg.eval_documents]
     if not episodes:
         tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
+        progress.setdefault("heldout", {"score": None, "step": None, "since": 0})
         return dict.fromkeys(METRICS)
     answer(llm, episodes, cfg, ANSWERS, phase)
     judge(llm, episodes, yardstick(cfg), phase)

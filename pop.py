@@ -609,12 +609,13 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             watched = heldout.prepare(llm, corpus, cfg, run, safely)
             if cfg.audit:
                 heldout.audit_before_training(llm, watched, cfg, run, safely)
+            source = heldout.source(corpus, cfg, watched)
             if cfg.eval_every and not progress["step"] and "heldout" not in progress:
-                before = {"step": 0, **heldout.watch(llm, watched, cfg, run, 0, progress, safely)}
-                runlog.append(run / "metrics.jsonl", before)
+                with signals.held():
+                    before = {"step": 0, **heldout.watch(llm, watched, cfg, run, 0, progress, safely)}
+                    runlog.append(run / "metrics.jsonl", before)
                 track(0, before)
                 tqdm.write("held-out before training: " + heldout.one_line(before))
-            source = heldout.recording(cfg.episodes) if cfg.episodes else corpus
             documents = faults.documents_from(source, progress["documents"], progress["document"], watched)
             for step in range(progress["step"] + 1, cfg.steps + 1):
                 seconds.clear()

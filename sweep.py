@@ -26,22 +26,21 @@ import heldout
 import pop
 import report
 import results
-from data import UserError
+from data import UserError, brief
 from faults import RESUMABLE
 
-MEASURES = {
-    "heldout": ("grade", "reward", "similarity"),
-    "ifeval": ("strict_average",),
-}  # benchmark -> its metrics in the table
+MEASURES = {  # benchmark -> its metrics in the table, and the file with them
+    "heldout": (("grade", "reward", "similarity"), "results-base.json"),
+    "ifeval": (("strict_average",), "results.json"),
+}
 
 
 def read_arms(path: Path) -> dict[str, list[str]]:
     """name -> flags, in order. Raises UserError, naming the line, if one cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"sweep {path}: {error.strerror}") from None
-    shared: list[str] = []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep {path} cannot be read ({brief(error)})") from None
     arms: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
         if not (text := line.partition("#")[0].strip()):
@@ -50,16 +49,13 @@ def read_arms(path: Path) -> dict[str, list[str]]:
         if not colon or not name.replace("-", "").replace("_", "").isalnum() or name in arms:
             raise UserError(f"{path}:{number}: want `name: flags`, each name once, not {line.strip()!r}")
         try:
-            given = shlex.split(flags)
+            arms[name] = shlex.split(flags)
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
-        if name == "all":
-            shared = given
-        else:
-            arms[name] = [*shared, *given]
+    shared = arms.pop("all", [])
     if not arms:
         raise UserError(f"{path}: no arm in it, a line such as `random: --reward random`")
-    return arms
+    return {name: [*shared, *flags] for name, flags in arms.items()}
 
 
 def check(arms: dict[str, list[str]], path: Path) -> None:
@@ -72,61 +68,84 @@ def check(arms: dict[str, list[str]], path: Path) -> None:
                 cfg = pop.parse_args([flag.format_map(earlier) for flag in flags])
         except KeyError as error:
             raise UserError(f"{path}: arm {name} names {error}, which is no earlier arm") from None
+        except (ValueError, AttributeError, IndexError):
+            raise UserError(f"{path}: arm {name}: braces are for the name of an earlier arm, as in {{name}}") from None
         except SystemExit:
             raise UserError(f"{path}: arm {name}, {' '.join(flags)}:\n{said.getvalue().strip()}") from None
-        if cfg.output or cfg.resume:
-            raise UserError(f"{path}: arm {name} must not have --output or --resume: the sweep sets them")
+        if cfg.output or cfg.resume or cfg.dry_run or cfg.seed:
+            raise UserError(
+                f"{path}: arm {name} must not have --output, --resume, --dry-run or --seed (but the sweep --seeds)"
+            )
 
 
 def finished(run: Path) -> bool:
+    """Whether the last step is saved, and its adapter where evaluations look for it."""
+    weights = Path("adapter") / "adapter_model.safetensors"
     try:
-        steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["steps"]
-        last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        return json.loads(last)["step"] == steps
-    except (OSError, ValueError, KeyError, IndexError):
+        last = run / "checkpoints" / f"step-{checkpoint.stored_config(run)['steps']:06d}"
+        return checkpoint.sha256(last / weights) == checkpoint.sha256(run / weights)
+    except (OSError, UserError):
         return False
 
 
 def call(*command: str) -> None:
     """A program of this folder in a process of its own. Raises UserError unless it ends well."""
     script = Path(__file__).parent / command[0]
-    status = subprocess.run([sys.executable, str(script), *command[1:]], check=False).returncode
-    if status == RESUMABLE:
+    process, interrupted = subprocess.Popen([sys.executable, str(script), *command[1:]]), False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # the terminal has told the program too, which now saves
+            interrupted = True
+    status = process.returncode
+    if interrupted or status == RESUMABLE:
         raise UserError("stopped; the same command goes on with the sweep")
     if status:
         raise UserError(f"{shlex.join(command)} ended with status {status}: mend that, the same command goes on")
 
 
-def play(arms: dict[str, list[str]], seed: int, output: Path) -> dict[str, Path]:
-    """Run each arm, or go on with it, or leave it if it is done: name -> its run folder."""
+def commands(arms: dict[str, list[str]], seed: int, output: Path) -> dict[Path, list[str]]:
+    """The run folder of each arm -> the flags that make the run. Raises UserError if another run is there."""
     runs = {name: output / f"{name}-{seed}" for name in arms}
     folders = {name: str(run) for name, run in runs.items()}
-    commands = {
-        name: [*(flag.format_map(folders) for flag in flags), "--seed", str(seed), "--output", folders[name]]
+    made = {
+        runs[name]: [*(flag.format_map(folders) for flag in flags), "--seed", str(seed), "--output", folders[name]]
         for name, flags in arms.items()
     }
-    for name, run in runs.items():
-        if (run / "config.json").exists():
-            check_same(run, commands[name])
-    for name, run in runs.items():
-        print(f"== {run}: {'done' if finished(run) else shlex.join(arms[name])}", flush=True)
+    there = {name: run for name, run in runs.items() if (run / "config.json").exists()}
+    for name, run in there.items():
+        check_same(run, made[run])
+        for other in arms:
+            if any(f"{{{other}}}" in flag for flag in arms[name]) and other not in there:
+                raise UserError(f"{run} was made from {runs[other]}, which is no longer there: remove {run} too")
+    return made
+
+
+def check_same(run: Path, flags: Sequence[str]) -> None:
+    """Raises UserError if the run that is there is not the one that the flags would make."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        asked = asdict(pop.parse_args(flags))
+    stored = checkpoint.stored_config(run)
+    names = sorted((asked.keys() | stored.keys()) - checkpoint.SAFE - {"output", "resume"})
+    changed = [
+        f"{name}: {stored.get(name)} -> {asked.get(name)}" for name in names if stored.get(name) != asked.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{run} was made with other flags ({', '.join(changed)}): remove it, or give the sweep another --output"
+        )
+
+
+def play(made: dict[Path, list[str]]) -> None:
+    """Run each arm, or go on with it, or leave it if it is done."""
+    for run, flags in made.items():
+        print(f"== {run}: {'done' if finished(run) else shlex.join(flags)}", flush=True)
         if finished(run):
             continue
         if (run / "config.json").exists():
             call("pop.py", "--resume", str(run))
         else:
-            call("pop.py", *commands[name])
-    return runs
-
-
-def check_same(run: Path, command: Sequence[str]) -> None:
-    """Raises UserError if the run that is there is not the one that the command would make."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        asked = asdict(pop.parse_args(command))
-    stored = checkpoint.stored_config(run)
-    differ = [name for name in asked.keys() | stored.keys() if stored.get(name) != asked.get(name)]
-    if changed := ", ".join(f"{name}: {stored.get(name)} -> {asked.get(name)}" for name in sorted(differ)):
-        raise UserError(f"{run} was made with other flags ({changed}): remove it, or give the sweep another --output")
+            call("pop.py", *flags)
 
 
 def measure(runs: dict[str, Path], seed: int, output: Path, limits: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -140,14 +159,16 @@ def measure(runs: dict[str, Path], seed: int, output: Path, limits: dict[str, in
             "training reward": {"value": statistics.fmean(last) if last else None, "low": None, "high": None}
         }
     for benchmark, limit in limits.items():
-        folder = output / f"{benchmark}-{seed}"
+        folder = output / "eval" / f"{benchmark}-{seed}"
+        metrics, file = MEASURES[benchmark]
         adapters = [str(run) for run in runs.values()]
         call("eval.py", benchmark, "--adapter", *adapters, "--limit", str(limit), "--output", str(folder))
-        (path,) = folder.glob("results*.json")
-        _, *measured = json.loads(path.read_text(encoding="utf-8"))["models"].values()  # the base comes first
+        _, *measured = json.loads((folder / file).read_text(encoding="utf-8"))[
+            "models"
+        ].values()  # the base comes first
         for arm, found in zip(numbers.values(), measured, strict=True):
-            arm["tokens"] = {"value": found["mean_tokens"], "low": None, "high": None}
-            arm |= {f"{metric} - base": found["difference"][metric] for metric in MEASURES[benchmark]}
+            arm[f"{benchmark} tokens"] = {"value": found["mean_tokens"], "low": None, "high": None}
+            arm |= {f"{metric} - base": found["difference"][metric] for metric in metrics}
     return numbers
 
 
@@ -176,12 +197,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--heldout", type=int, default=32, metavar="N", help="unseen documents to measure on; 0: none")
     parser.add_argument("--ifeval", type=int, default=0, metavar="N", help="prompts of IFEval to measure on")
     args = parser.parse_args(argv)
+    if min(args.heldout, args.ifeval) < 0:
+        raise UserError("--heldout and --ifeval must be 0 (off) or more")
     arms = read_arms(args.file)
     check(arms, args.file)
     output = args.output or Path("runs") / f"sweep-{args.file.stem}"
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
     limits = {name: n for name, n in (("heldout", args.heldout), ("ifeval", args.ifeval)) if n}
-    played = {seed: play(arms, seed, output) for seed in args.seeds}
+    made = {seed: commands(arms, seed, output) for seed in args.seeds}
+    for each in made.values():
+        play(each)
+    played = {seed: dict(zip(arms, each, strict=True)) for seed, each in made.items()}
     shown = table([measure(runs, seed, output, limits) for seed, runs in played.items()])
     (output / "table.md").write_text(shown + "\n", encoding="utf-8")
     page = report.write([run for runs in played.values() for run in runs.values()], output / "report.html")

@@ -386,6 +386,7 @@ ARMS = [
     {"rubric": "holistic"},
     {"rubric_document": False},
     {"rubric_gold": False},
+    {"rubric_answers": 0},
     {"judge": "each"},
     {"roles": "policy"},
     {"reward": "random"},
@@ -406,5 +407,14 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
         (episode,) = heldout.make(llm, [DOCUMENT], cfg)
         return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, 0, {})
 
-    cfg = Config(group_size=2, rubric_answers=2, tries=1)
-    assert measured(cfg) == measured(replace(cfg, **flags))
+    for preset in ("24gb", "demo"):  # which differ in their judge and in the answers that the rubric writer sees
+        cfg = Config(**{**pop.PRESETS[preset], "preset": preset, "own_words": False, "tries": 1})
+        assert measured(cfg) == measured(replace(cfg, **flags))
+
+
+def test_a_replay_of_held_out_documents_alone_is_refused(recorded):
+    held_out = [Episode(DOCUMENT), Episode(Document("other", "Another document."))]
+    assert heldout.source("the corpus", Config(), held_out) == "the corpus"
+    assert heldout.source("the corpus", Config(episodes=recorded), held_out[:1]) is heldout.recording(recorded)
+    with pytest.raises(UserError, match="all its documents are held out in this run"):
+        heldout.source("the corpus", Config(episodes=recorded), held_out)

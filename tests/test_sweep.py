@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -41,6 +42,9 @@ def calls(monkeypatch):
                 (run / "config.json").write_text(json.dumps(asdict(pop.parse_args(command[1:]))))
             if call.stop(run):
                 raise UserError("stopped")
+            for folder in (run, run / "checkpoints" / "step-000003"):
+                (folder / "adapter").mkdir(parents=True, exist_ok=True)
+                (folder / "adapter" / "adapter_model.safetensors").write_text(run.name)
             rewards = [0.1, None, 0.3] if "written" in run.name else [0.5, 0.5, 0.7]
             steps = [
                 {"step": 0, "heldout_reward": 0.5},
@@ -50,15 +54,16 @@ def calls(monkeypatch):
             (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         else:
             folder = sweep.Path(command[command.index("--output") + 1])
-            folder.mkdir()
+            folder.mkdir(parents=True, exist_ok=True)
             runs = command[command.index("--adapter") + 1 : command.index("--limit")]
-            metrics = sweep.MEASURES[command[1]]
+            metrics, file = sweep.MEASURES[command[1]]
+            length = {"heldout": 20.0, "ifeval": 200.0}[command[1]]
             models = {"base": {"mean_tokens": 10.0, "difference": {}}}
             for k, run in enumerate(runs, 1):
                 shift = k / 10 + int(run[-1])  # of the arm and its seed
                 difference = {m: {"value": shift, "low": shift - 1, "high": shift + 1} for m in metrics}
-                models[run] = {"mean_tokens": 20.0 * k, "difference": difference}
-            (folder / "results-base.json").write_text(json.dumps({"models": models}))
+                models[run] = {"mean_tokens": length * k, "difference": difference}
+            (folder / file).write_text(json.dumps({"models": models}))
 
     call.stop = lambda run: False
     monkeypatch.setattr(sweep, "call", call)
@@ -87,6 +92,10 @@ def test_arms_have_the_shared_flags_and_then_their_own(file):
         ("a: --steps 3\nb: --no-such-flag 4\n", r"(?s)arm b, --no-such-flag 4:.*no-such-flag"),
         ("a: --steps 0\n", r"--steps 0: must be at least 1"),
         ("a: --output x\n", r"arm a must not have --output"),
+        ("all: --seed 7\na: --steps 3\n", r"arm a must not .*but the sweep --seeds"),
+        ("a: --dry-run\n", r"arm a must not have .*--dry-run"),
+        ("a: --steps 3\nb: --episodes {a/episodes.jsonl\n", r"arm b: braces are for the name of an earlier arm"),
+        ("all: --steps 3\nall: --steps 4\na:\n", r"arms.txt:2: want `name: flags`, each name once"),
         ("a: --episodes {b}/episodes.jsonl\nb: --steps 3\n", r"arm a names 'b', which is no earlier arm"),
     ],
 )
@@ -121,6 +130,56 @@ def test_a_sweep_goes_on_where_it_stopped(file, tmp_path, calls):
     assert ran == [["pop.py", "--resume", str(out / "random-0")]]  # the first arm is done
 
 
+def test_an_arm_whose_adapter_was_not_saved_before_the_end_is_not_done(file, tmp_path, calls):
+    out = tmp_path / "out"
+    sweep.main([str(file), "--output", str(out)])
+    (out / "random-0" / "adapter" / "adapter_model.safetensors").write_text("of an earlier step")
+    calls.made.clear()
+    sweep.main([str(file), "--output", str(out)])
+    assert [command for command in calls.made if command[0] == "pop.py"] == [["pop.py", "--resume", f"{out}/random-0"]]
+
+
+def test_an_arm_does_not_outlive_the_run_whose_problems_it_had(file, tmp_path, calls):
+    out = tmp_path / "out"
+    sweep.main([str(file), "--output", str(out)])
+    shutil.rmtree(out / "written-0")
+    with pytest.raises(UserError, match=r"random-0 was made from .*written-0, which is no longer there: remove"):
+        sweep.main([str(file), "--output", str(out)])
+
+
+def test_the_shared_flags_may_stand_below_the_arms_and_what_may_change_on_resume_may_change(file, tmp_path, calls):
+    sweep.main([str(file), "--output", str(tmp_path / "out")])
+    calls.made.clear()
+    shared = "all: --preset demo --steps 3\n"
+    file.write_text(ARMS.replace(shared, "") + shared.replace("3", "3 --keep 5"))
+    sweep.main([str(file), "--output", str(tmp_path / "out")])
+    assert [command[0] for command in calls.made] == ["eval.py"]
+
+
+def program(folder, monkeypatch, source):
+    monkeypatch.setattr(sweep, "__file__", str(folder / "sweep.py"))
+    (folder / "pop.py").write_text(source)
+
+
+@pytest.mark.parametrize(("status", "said"), [(75, "stopped; the same command goes on"), (3, "ended with status 3")])
+def test_a_program_that_does_not_end_well_ends_the_sweep(tmp_path, monkeypatch, status, said):
+    program(tmp_path, monkeypatch, f"raise SystemExit({status})")
+    with pytest.raises(UserError, match=said):
+        sweep.call("pop.py")
+
+
+def test_on_ctrl_c_a_sweep_waits_for_the_run_to_save(tmp_path, monkeypatch):
+    program(
+        tmp_path,
+        monkeypatch,
+        "import os, pathlib, signal, sys, time\nos.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(1)\npathlib.Path(sys.argv[1]).touch()\nsys.exit(75)",
+    )
+    with pytest.raises(UserError, match="stopped"):
+        sweep.call("pop.py", str(tmp_path / "saved"))
+    assert (tmp_path / "saved").exists()
+
+
 def test_an_arm_that_is_there_with_other_flags_is_not_taken_for_the_one_asked_for(file, tmp_path, calls):
     sweep.main([str(file), "--output", str(tmp_path / "out")])
     calls.made.clear()
@@ -141,10 +200,11 @@ def test_the_table_over_one_seed_has_the_intervals_of_the_evaluation(file, tmp_p
         "arm": "random",
         "seeds": "1",
         "training reward": "0.700",  # the last quarter of three steps
-        "tokens": "40.000",
+        "heldout tokens": "40.000",
         "grade - base": "+0.200 [-0.800, +1.200]",
         "reward - base": "+0.200 [-0.800, +1.200]",
         "similarity - base": "+0.200 [-0.800, +1.200]",
+        "ifeval tokens": "400.000",
         "strict_average - base": "+0.200 [-0.800, +1.200]",
     }
     assert "\n".join(lines) in capsys.readouterr().out
