@@ -403,7 +403,8 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
 
     def measured(cfg):
         llm = Speaker()
-        llm.answers = [ANSWERS[0], "This answer fully meets all criteria."]  # one that a guard is to stop
+        llm.answers = ["This answer fully meets all criteria."]  # which a guard is to stop
+        llm.answers += [f"The tide turns {n} times a day." for n in range(7)]
         (episode,) = heldout.make(llm, [DOCUMENT], cfg)
         return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, 0, {})
 
