@@ -348,7 +348,8 @@ def grpo_loss(
     """GRPO's clipped objective summed over the N tokens given, each over its `total` (arXiv 2402.03300, eq. 3).
 
     All tensors (N,). `total` is of the whole update, see `normaliser`, so that micro-batches of any size add up to
-    the same gradient. The KL term is the k3 estimate. Also returns sums over the tokens, for the metrics.
+    the same gradient. The KL term is the k3 estimate, for DPO a metric alone. Also returns sums over the tokens, for
+    the metrics.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
@@ -357,7 +358,8 @@ def grpo_loss(
     if ref_logps is not None:
         difference = ref_logps - logps
         kl = difference.exp() - difference - 1
-        loss = loss + cfg.kl_coef * kl
+        if cfg.loss != "dpo":  # whose own loss keeps the policy near the reference
+            loss = loss + cfg.kl_coef * kl
         sums["kl"] = kl.sum().item()
     return (loss / total).sum(), sums
 
@@ -495,7 +497,7 @@ def update(
             weights = torch.tensor([(s.advantage, normaliser(s, samples, cfg)) for s in in_order(part)])
             lengths = torch.tensor([len(s.completion) for s in in_order(part)])
             advantages, totals = weights.repeat_interleave(lengths, 0).to(llm.device).unbind(-1)  # (N,)
-            ref = stored(part, "ref_logps") if cfg.kl_coef > 0 and cfg.loss != "dpo" else None
+            ref = stored(part, "ref_logps")
             loss, counted = grpo_loss(current, old, ref, advantages, totals, cfg)
             loss.backward()
             means["loss"] += loss.item()

@@ -268,29 +268,33 @@ def test_each_loss_equals_its_definition_in_float64(loss, update_tokens):
 
 
 def dpo_by_definition(llm, episodes, cfg):
-    """-log sigmoid(beta ((log p - log ref)(best) - (log p - log ref)(worst))), a mean over the groups."""
-    losses = []
+    """-log sigmoid(beta ((log p - log ref)(best) - (log p - log ref)(worst))), a mean over the groups; and the mean of
+    the k3 estimate of KL over the tokens."""
+    losses, k3 = [], []
     for e in episodes:
         best, worst = (f(e.answers, key=lambda a: a.reward) for f in (max, min))
-        policy = [naive_logps(llm, e, a, cfg).sum() for a in (best, worst)]
+        tokens = [naive_logps(llm, e, a, cfg) for a in (best, worst)]
         with torch.no_grad(), llm.adapters_off():
-            ref = [naive_logps(llm, e, a, cfg).sum() for a in (best, worst)]
+            ref_tokens = [naive_logps(llm, e, a, cfg) for a in (best, worst)]
+        policy, ref = ([logps.sum() for logps in each] for each in (tokens, ref_tokens))
+        k3 += [(r - p).exp() - (r - p) - 1 for p, r in zip(tokens, ref_tokens, strict=True)]
         losses.append(-torch.nn.functional.logsigmoid(cfg.dpo_beta * ((policy[0] - ref[0]) - (policy[1] - ref[1]))))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(), torch.cat(k3).mean().item()
 
 
 @pytest.mark.parametrize("update_tokens", [20, 10_000])
 @pytest.mark.parametrize("beta", [0.01, 0.5])
 def test_dpo_equals_its_definition_in_float64(beta, update_tokens):
     llm = tiny_llm()
-    cfg = replace(UPDATE, loss="dpo", dpo_beta=beta, update_tokens=update_tokens)
+    cfg = replace(UPDATE, loss="dpo", dpo_beta=beta, update_tokens=update_tokens, kl_coef=9.0)  # has no part in it
     episodes = [group(llm, [0.1, 0.9, 0.4], seed=1), group(llm, [0.7, 0.2, 0.3, 0.6], seed=2, prompt="Why not?")]
     optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.0)
     metrics = pop.update(llm, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), episodes, cfg)
     got = gradients(llm, episodes, cfg)
     llm.model.double()
-    loss = dpo_by_definition(llm, episodes, cfg)
+    loss, kl = dpo_by_definition(llm, episodes, cfg)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-3) and kl > 1e-3
     same(got, loss, llm)
 
 
