@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import huggingface_hub
 import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
 
 SAMPLES = Path(__file__).resolve().parent / "samples"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "org/name"
@@ -128,7 +130,7 @@ class Corpus:
             raise UserError(f"corpus {self.name!r}: no text of {self.min_words} or more words; skipped {reasons}")
 
     @cached_property
-    def _tables(self) -> list[datasets.Dataset | None]:
+    def _tables(self) -> "list[datasets.Dataset | None]":
         """The table in each local file, memory-mapped; None for a plain or an empty file."""
         return [
             open_table(path, self.field) if path.suffix.lower() in TABLES and path.stat().st_size else None
@@ -147,6 +149,8 @@ class Corpus:
             yield row_id, read_row(path, table, row, self.field)
 
     def _hub_rows(self, number: int) -> Iterator[tuple[str, Row]]:
+        import datasets  # takes a second, which runs on texts and reports need not wait for
+
         source = {"path": self.name, "name": self.config, "split": self.split, "streaming": True}
         try:
             # One request, tried once: without a connection load_dataset retries for 23 seconds.
@@ -185,8 +189,10 @@ def find_files(name: str, task: str) -> list[tuple[str, Path]]:
     return files
 
 
-def open_table(path: Path, field: str) -> datasets.Dataset:
+def open_table(path: Path, field: str) -> "datasets.Dataset":
     """Raises UserError, naming the file, if it cannot be read or lacks the field."""
+    import datasets  # as above
+
     builder, options = TABLES[path.suffix.lower()]
     datasets.disable_progress_bars()
     try:  # data_files is a pattern: the [ and * of a real name need escaping
@@ -208,7 +214,7 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def read_row(path: Path, table: datasets.Dataset | None, row: int, field: str) -> Row:
+def read_row(path: Path, table: "datasets.Dataset | None", row: int, field: str) -> Row:
     """The fields of a row, or why it has none. A plain file is one row of one field, still bytes."""
     try:
         if table is None:

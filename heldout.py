@@ -21,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import scipy.stats
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
@@ -325,7 +324,9 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     n = len(values)
     if n < 2:
         return {"mean": mean(values), "low": None, "high": None}
-    t = float(scipy.stats.t.ppf(0.975, n - 1))
+    from scipy.special import stdtrit  # scipy.stats, which has it as t.ppf, takes a second to import
+
+    t = float(stdtrit(n - 1, 0.975))
     center, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
     return {"mean": center, "low": center - half, "high": center + half}
 
