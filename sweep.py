@@ -139,8 +139,9 @@ def check_same(run: Path, flags: Sequence[str]) -> None:
 def play(made: dict[Path, list[str]]) -> None:
     """Run each arm, or go on with it, or leave it if it is done."""
     for run, flags in made.items():
-        print(f"== {run}: {'done' if finished(run) else shlex.join(flags)}", flush=True)
-        if finished(run):
+        done = finished(run)
+        print(f"== {run}: {'done' if done else shlex.join(flags)}", flush=True)
+        if done:
             continue
         if (run / "config.json").exists():
             call("pop.py", "--resume", str(run))
@@ -163,9 +164,8 @@ def measure(runs: dict[str, Path], seed: int, output: Path, limits: dict[str, in
         metrics, file = MEASURES[benchmark]
         adapters = [str(run) for run in runs.values()]
         call("eval.py", benchmark, "--adapter", *adapters, "--limit", str(limit), "--output", str(folder))
-        _, *measured = json.loads((folder / file).read_text(encoding="utf-8"))[
-            "models"
-        ].values()  # the base comes first
+        result = json.loads((folder / file).read_text(encoding="utf-8"))
+        _, *measured = result["models"].values()  # the base comes first
         for arm, found in zip(numbers.values(), measured, strict=True):
             arm[f"{benchmark} tokens"] = {"value": found["mean_tokens"], "low": None, "high": None}
             arm |= {f"{metric} - base": found["difference"][metric] for metric in metrics}
