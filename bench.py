@@ -152,7 +152,7 @@ class Ours:
             work.model,
             load_in=work.load_in,
             token_budget=self.cfg.rollout_tokens,
-            dequantize=self.cfg.dequantize,
+            dequantize=self.cfg.dequantize == "on",
             recompute=self.cfg.recompute,
         )
         self.groups = groups_of(work, self.llm.tokenizer, self.llm.eos_ids[0])

@@ -26,6 +26,7 @@ import checkpoint
 import faults
 import heldout
 import model
+import plan
 import pop
 import results
 import rubric
@@ -249,7 +250,7 @@ def local_judge(llm: LLM | None, args: argparse.Namespace) -> LocalJudge:
 def load(name: str, args: argparse.Namespace) -> LLM:
     cfg = args.config
     return model.load(
-        name, load_in=cfg.load_in, seed=cfg.seed, token_budget=args.token_budget, dequantize=cfg.dequantize
+        name, load_in=cfg.load_in, seed=cfg.seed, token_budget=args.token_budget, dequantize=plan.dequantizes(cfg)
     )
 
 
@@ -417,7 +418,7 @@ def audit(args: argparse.Namespace) -> None:
     path = Path(args.output or f"runs/audit-{Path(cfg.model).name}-{cfg.task}-{cfg.judge}.json")
     documents = heldout.set_aside(pop.open_corpus(cfg), args.documents, cfg)
     llm = model.load(
-        cfg.model, load_in=cfg.load_in, seed=cfg.seed, token_budget=cfg.rollout_tokens, dequantize=cfg.dequantize
+        cfg.model, load_in=cfg.load_in, seed=cfg.seed, token_budget=cfg.rollout_tokens, dequantize=plan.dequantizes(cfg)
     )
     episodes = heldout.make(llm, documents, cfg)
     kept = heldout.alive(episodes)

@@ -74,25 +74,44 @@ def large_blocks_apart() -> Iterator[None]:
         mallopt(trim, 2**26)
 
 
+def adapted(base: Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> Linear:
+    """x -> base(x) + scale B A x, added in place: for use without gradients."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = base(x)
+        low = F.linear(x.reshape(-1, x.shape[-1]), a)  # (B T, r)
+        y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scale)
+        return y
+
+    return forward
+
+
 @torch.no_grad()
 @large_blocks_apart()
-def unpacked_forwards(model: Any, dtype: torch.dtype, adapted: bool) -> dict[torch.nn.Module, Linear]:
-    """module -> the forward it may be given for a phase without gradients: weights out of 4 bits, held in full.
+def held_forwards(
+    model: Any, dtype: torch.dtype, with_adapters: bool, dequantize: bool
+) -> dict[torch.nn.Module, Linear]:
+    """module -> the forward it may be given for a phase without gradients; no weight of the model changes.
 
-    adapted: in fp32 the adapter is added to this copy of the weight (never to the weight itself, and never in 4 or 16
-    bits, where rounding would swallow it); in bf16 it stays a product of its own.
+    In 16 bits the fp32 adapters are rounded once for the phase, not at each use, and stay products of their own: added
+    to weights of 4 or 16 bits they would be lost in the rounding. dequantize: the weights are held out of 4 bits; in
+    fp32 the adapter is added to that copy.
     """
     forwards: dict[torch.nn.Module, Linear] = {}
     for layer in lora_layers(model):
         base = layer.base_layer
-        weight = plain_weight(base, dtype)
-        if adapted and dtype == torch.float32:
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            forwards[layer] = linear(weight.addmm_(b, a, alpha=layer.scaling["default"]), base.bias)
-        else:
-            forwards[base] = linear(weight, base.bias)
+        held: Linear = base.forward
+        a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        if dequantize:
+            weight = plain_weight(base, dtype)
+            if with_adapters and dtype == torch.float32:
+                forwards[layer] = linear(weight.addmm_(b, a, alpha=scale), base.bias)
+                continue
+            held = forwards[base] = linear(weight, base.bias)
+        if with_adapters:
+            forwards[layer] = adapted(held, a.to(dtype), b.to(dtype), scale)
     head = model.get_output_embeddings()
-    if dtype == torch.float32:
+    if dequantize and dtype == torch.float32:
         forwards[head] = linear(head.weight.data, getattr(head, "bias", None))
     return forwards
 
@@ -101,52 +120,69 @@ def unpacked_forwards(model: Any, dtype: torch.dtype, adapted: bool) -> dict[tor
 
 
 class Reserved(DynamicLayer):
-    """A layer's key-value cache with room for all tokens to come, which are written in place.
+    """A layer's key-value cache with room for `length` tokens of `rows` rows, which are written in place.
 
-    DynamicLayer copies everything so far for each token that is added.
+    DynamicLayer copies everything so far for each token that is added. What is not written yet is 0: attention gives it
+    no weight, but 0 times the NaN that memory may hold would be NaN.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, rows: int, length: int) -> None:
         super().__init__()
-        self.length = length
+        self.rows, self.length = rows, length
 
-    def take(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
-        """Begin with these `rows` of keys and values, each (B, heads, T, head size)."""
-        self.lazy_initialization(keys, values)
-        self.stores = []
-        for tensor in (keys, values):
-            store = tensor.new_empty(len(rows), tensor.shape[1], self.length, tensor.shape[3])
-            torch.index_select(tensor, 0, rows, out=store[:, :, : tensor.shape[2]])
-            self.stores.append(store)
-        self.keys, self.values = (store[:, :, : keys.shape[2]] for store in self.stores)
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.stores = [
+            states.new_zeros(self.rows, states.shape[1], self.length, states.shape[3])  # (rows, heads, length, size)
+            for states in (key_states, value_states)
+        ]
+        self.show(0)
+
+    def show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Say that so many tokens are written; returns their keys and values."""
+        keys, values = (store[:, :, :length] for store in self.stores)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Begin the rows `target` with the rows `source` of keys and values, each (B, heads, T, head size)."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        length = keys.shape[2]
+        for store, states in zip(self.stores, (keys, values), strict=True):
+            store[:, :, :length].index_copy_(0, target, states.index_select(0, source))
+        self.show(max(length, self.get_seq_length()))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
-            rows = torch.arange(len(key_states), device=key_states.device)
-            self.take(key_states[:, :, :0], value_states[:, :, :0], rows)
+            self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[2]
-        for store, tensor in zip(self.stores, (key_states, value_states), strict=True):
-            store[:, :, old:new] = tensor
-        self.keys, self.values = (store[:, :, :new] for store in self.stores)
-        return self.keys, self.values
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, old:new] = states
+        return self.show(new)
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
+
+    def give_up(self) -> None:
+        """Let the memory go."""
+        self.keys = self.values = None
+        self.stores, self.is_initialized = [], False
 
 
 def copied(cache: Any, rows: torch.Tensor, length: int, give_up: bool = False) -> Any:
     """A cache of these rows of another, one may come several times, with room for `length` tokens."""
     layers: list[Any] = []
+    every = torch.arange(len(rows), device=rows.device)
     for layer in cache.layers:
-        new = Reserved(length)
-        if layer.get_seq_length():
-            new.take(layer.keys, layer.values, rows)
+        new = Reserved(len(rows), length)
+        if layer.is_initialized:
+            new.take(layer.keys, layer.values, rows, every)
         if give_up:
-            layer.keys = layer.values = None
-            layer.stores = []
+            layer.give_up()
         layers.append(new)
     return Cache(layers=layers)
 
@@ -154,6 +190,26 @@ def copied(cache: Any, rows: torch.Tensor, length: int, give_up: bool = False) -
 def reserve(cache: Any, rows: torch.Tensor, length: int) -> Any:
     """`copied`, where the other cache is given up layer by layer: never more than one layer exists twice."""
     return copied(cache, rows, length, give_up=True)
+
+
+class Fixed(Reserved):
+    """A reserved layer as a CUDA graph needs it: always of full length, written at a column that a tensor holds.
+
+    It takes over the memory of the layer given.
+    """
+
+    def __init__(self, layer: Reserved, column: torch.Tensor) -> None:
+        super().__init__(layer.rows, layer.length)
+        self.stores, self.column, self.is_initialized = layer.stores, column, True
+        self.show(layer.length)
+        layer.give_up()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store.index_copy_(2, self.column, states)
+        return self.stores[0], self.stores[1]
 
 
 # --------------------------------------------------------------------------------------------------- batching
@@ -214,6 +270,27 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def visible(mask: torch.Tensor, seen: int) -> torch.Tensor:
+    """Attention mask (B, T) -> what each token after the first `seen` may see, (B, 1, T - seen, T) bool.
+
+    Padding sees itself: some kernels return NaN where a row sees nothing at all.
+    """
+    at = torch.arange(mask.shape[1], device=mask.device)
+    queries = at[seen:, None]
+    return (((at <= queries) & mask[:, None].bool()) | (at == queries))[:, None]
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What may be seen as what is added to the scores: 0 or -inf. Attention makes the same of a mask of booleans, but
+    in each layer anew, and code that adds the mask would take True for +1.
+
+    Rows begin at multiples of 16 entries, or CUDA's kernels would copy the mask in each layer.
+    """
+    keys = mask.shape[-1]
+    room = torch.zeros(*mask.shape[:-1], -(-keys // 16) * 16, dtype=dtype, device=mask.device)
+    return room[..., :keys].masked_fill_(~mask, -torch.inf)
+
+
 def draw(scores: torch.Tensor) -> torch.Tensor:
     """One token of each row from softmax(scores): (B, V) -> (B,).
 
@@ -225,6 +302,53 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulated, at, right=True).squeeze(-1)  # right: never a token of probability 0
 
 
+class FixedStep:
+    """The decoding step of a batch with nothing in it that changes from step to step but the contents of tensors.
+
+    On CUDA it is captured as one graph and launched as a whole, where the host would launch some 1,500 kernels one by
+    one. The first call runs plainly, as capturing asks for, and the second captures. On a CPU every call runs plainly.
+    """
+
+    def __init__(self, model: Any, cache: Any, mask: torch.Tensor, written: int) -> None:
+        """cache: of L tokens, taken over; `written` of them are in it or come next. mask: (B, 1, 1, L or more)."""
+        self.model = model
+        self.ids, self.at = (torch.zeros(len(mask), 1, dtype=torch.long, device=mask.device) for _ in range(2))
+        self.column = torch.zeros(1, dtype=torch.long, device=mask.device)
+        mask = mask.clone()
+        mask[..., written:] = -torch.inf
+        self.mask = mask[..., : cache.layers[0].length]
+        self.cache = Cache(layers=[Fixed(layer, self.column) for layer in cache.layers])
+        self.graph: Any = None
+        self.warm = False
+
+    def __call__(self, ids: torch.Tensor, at: torch.Tensor, column: int) -> torch.Tensor:
+        """Tokens and their positions, each (B, 1), written at `column` of the cache -> logits (B, V)."""
+        self.ids.copy_(ids)
+        self.at.copy_(at)
+        self.column.fill_(column)
+        self.mask[..., column] = 0
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.warm and ids.device.type == "cuda":
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.forward()
+            self.graph.replay()
+        else:
+            self.logits = self.forward()
+        self.warm = True
+        return self.logits
+
+    def forward(self) -> torch.Tensor:
+        return next_logits(self.model, self.ids, self.mask, self.at, self.cache)
+
+
+def next_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, at: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits (B, V) after tokens (B, T) at positions (B, T) behind a cache; mask: (B, 1, T, cached + T), additive."""
+    output = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, logits_to_keep=1)
+    return output.logits[:, -1]
+
+
 @torch.no_grad()
 def decode(
     model: Any,
@@ -234,13 +358,16 @@ def decode(
     *,
     mask: torch.Tensor,
     reserved: Any,
+    dtype: torch.dtype,
     progress: Callable[[int], Any],
+    cuda_graph: bool = False,
     **_: Any,
 ) -> torch.Tensor:
     """The decoding loop of `generate(custom_generate=...)`: input_ids (B, P) with their continuations, padded.
 
     mask: (B, P), 0 on padding. The cache `reserved` holds a beginning of input_ids and has room for all. Once a quarter
-    of the rows is finished they leave the batch. progress: called with the tokens of each step.
+    of the rows is finished they leave the batch. dtype: of queries and keys. progress: called with the tokens of each
+    step. cuda_graph: take each step as a FixedStep.
     """
     rows, prompt = input_ids.shape
     new, pad = generation_config.max_new_tokens, generation_config.pad_token_id
@@ -248,17 +375,20 @@ def decode(
     output = F.pad(input_ids, (0, new), value=pad)
     seen = reserved.get_seq_length()
     ids, at = input_ids[:, seen:], positions(mask)[:, seen:]
-    mask = F.pad(mask, (0, new), value=1)
+    see = additive(visible(mask, seen), dtype)  # (B, 1, P - seen, P)
+    width = -(-(prompt + new) // 16) * 16  # see additive
+    mask = additive(F.pad(mask, (0, width - prompt), value=1).bool(), dtype)[:, None, None]  # (B, 1, 1, width)
     present = torch.arange(rows, device=input_ids.device)  # the rows still in the batch
     done = torch.zeros_like(present, dtype=torch.bool)
+    step: FixedStep | None = None
     for length in range(prompt, prompt + new):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask[:, :length],
-            position_ids=at,
-            past_key_values=reserved,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        if cuda_graph and ids.shape[1] == 1:
+            if step is None:
+                step = FixedStep(model, reserved, mask, length)
+                reserved = step.cache
+            logits = step(ids, at, length - 1)
+        else:
+            logits = next_logits(model, ids, see, at, reserved)
         scores = logits_processor(output[present, :length], logits.float())  # type: ignore[arg-type]
         tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
         tokens = tokens.masked_fill(done, pad)
@@ -269,12 +399,13 @@ def decode(
         if not len(left):
             break
         if 4 * len(left) <= 3 * len(present):
-            reserved = reserve(reserved, left, prompt + new)
+            reserved, step = reserve(reserved, left, prompt + new), None
             present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
             for processor in logits_processor:
                 if hasattr(processor, "keep"):
                     processor.keep(left.tolist())
         ids, at = tokens[:, None], at[:, -1:] + 1
+        see = mask[..., : length + 1]  # (B, 1, 1, length + 1)
     return output
 
 
@@ -331,18 +462,22 @@ def before(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return at.nonzero()[:, 0], torch.where(begins, last, index - 1)[at]
 
 
-def share_prompts(prompt: int, completions: Sequence[int], budget: int, worth: float) -> Iterator[list[int]]:
+def share_prompts(
+    prompt: int, completions: Sequence[int], budget: int, worth: float, masked: float = 1.0
+) -> Iterator[list[int]]:
     """Which completions of one prompt (lengths in tokens) to put in a row: numbers, longest first.
 
     A completion joins a row while that saves more than it costs: the prompt need not be read again, but attention is
     computed between all tokens of the row, also where the mask discards it. worth: how many pairs of tokens attention
-    relates in the time that the rest of the model takes for one token. A row of several completions is within `budget`.
+    relates in the time that the rest of the model takes for one token. masked: how many times as long a pair takes in a
+    row of several completions, which needs a mask. A row of several completions is within `budget`.
     """
     row: list[int] = []
     length = prompt
     for i in sorted(range(len(completions)), key=lambda i: -completions[i]):
         longer = length + completions[i]
-        wasted = longer**2 - length**2 - (prompt + completions[i]) ** 2
+        before = length**2 * (masked if len(row) > 1 else 1)
+        wasted = masked * longer**2 - before - (prompt + completions[i]) ** 2
         if row and (wasted > worth * prompt or longer > budget):
             yield row
             row, longer = [], prompt + completions[i]

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 import heldout
 from checkpoint import rng_states, set_rng_states
 from data import Corpus, Document, Unreachable, UserError
-from model import LLM
-from plan import work_of
+from model import LLM, out_of_memory
+from plan import Device, work_of
 from rubric import Episode
 
 if TYPE_CHECKING:
@@ -94,14 +94,6 @@ class Signals:
 # ------------------------------------------------------------------------------------------------------ memory
 
 
-def out_of_memory(error: Exception) -> bool:
-    """CUDA's allocator has its own exception; the CPU's raises a RuntimeError, and so does cuBLAS for its workspace."""
-    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-    )
-
-
 def within_memory(llm: LLM, phase: str, work: Callable[[], T], undo: Callable[[], None], budgets: dict[str, int]) -> T:
     """work(); where memory runs out, again after undo() and under half the phase's token budget.
 
@@ -166,7 +158,8 @@ def try_longest(llm: LLM, cfg: "Config", budgets: dict[str, int]) -> None:
     def attempt(phase: str) -> None:
         # `budgets` counts here: it shrinks between attempts.
         budget = budgets[phase]
-        work = work_of(replace(cfg, rollout_tokens=budget, update_tokens=budget))[phase]
+        device: Device = "cpu" if llm.device.type == "cpu" else "cuda"
+        work = work_of(replace(cfg, rollout_tokens=budget, update_tokens=budget), device)[phase]
         if phase == "update":
             moments = [torch.empty_like(p) for p in parameters for _ in range(2)]  # AdamW's, made in the first step
             llm.rehearse_update(work.prompts, work.prompt, work.new, work.n)

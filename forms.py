@@ -1,6 +1,6 @@
 """Forms that a model fills in while it decodes: labels are given, values are its own, the record is always complete."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,19 @@ def room(llm: "LLM", form: Sequence[Field]) -> int:
     return sum(longest) + len(form)  # a line end after each, the end token after the last
 
 
+# Kinds of tokens: none, all but special ones, those but line ends, those that a value may begin with.
+CLOSED, OPEN, NO_LINE_END, BEGIN = range(4)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the next token of a row may be: one of its kind's or of `allowed`, but none of `banned`."""
+
+    kind: int = CLOSED
+    allowed: Collection[int] = ()
+    banned: Collection[int] = ()
+
+
 class FormFiller(LogitsProcessor):
     """Makes each row fill in its form: labels are forced, values are the model's own.
 
@@ -49,10 +62,15 @@ class FormFiller(LogitsProcessor):
         vocabulary = llm.tokenizer.convert_ids_to_tokens(range(len(llm.tokenizer)))
         self.line_ends = {i for i, t in enumerate(vocabulary) if t and ("\n" in t or "Ċ" in t or t == "<0x0A>")}
         blank = {i for i, t in enumerate(vocabulary) if t and not t.strip(" \t\r▁Ġĉč")}
-        self.not_first = self.line_ends | blank  # a value does not begin with these
         self.newline = llm.text_ids("\n")[-1]
-        self.special = sorted({*llm.eos_ids, *llm.tokenizer.all_special_ids})
+        self.special = {*llm.eos_ids, *llm.tokenizer.all_special_ids}
         self.eos = llm.eos_ids[0]
+        self.banned = {OPEN: set[int](), NO_LINE_END: self.line_ends, BEGIN: self.line_ends | blank}
+        kinds = torch.ones(4, llm.model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+        kinds[CLOSED] = False
+        for kind, banned in self.banned.items():
+            kinds[kind, sorted(banned | self.special)] = False
+        self.kinds = kinds.to(llm.device)  # (kinds, V): whether a row of that kind may write a token
         self.rows = [_fill(self, llm, form) for form in forms]
         self.wanted = [next(row) for row in self.rows]
         self.started = False
@@ -68,23 +86,27 @@ class FormFiller(LogitsProcessor):
                 try:
                     self.wanted[i] = self.rows[i].send(token)
                 except StopIteration:  # the form is full
-                    self.wanted[i] = [self.eos]
+                    self.wanted[i] = Wanted(allowed=[self.eos])
         self.started = True
+        # One upload a step, however many rows: each row's kind, then the tokens named, with their row and their fate.
+        named = [(i, token, 1) for i, wanted in enumerate(self.wanted) for token in wanted.allowed]
+        named += [(i, token, 0) for i, wanted in enumerate(self.wanted) for token in wanted.banned]
+        told = [wanted.kind for wanted in self.wanted] + [number for triple in named for number in triple]
+        index = torch.tensor(told, device=scores.device)
+        kind, (row, token, allowed) = index[: len(scores)], index[len(scores) :].view(-1, 3).unbind(-1)
+        may = self.kinds[kind].index_put_((row, token), allowed.bool())  # (B, V)
+        # In free text an end token means the end of the line.
+        ends = scores[:, self.eos].masked_fill(kind == CLOSED, -torch.inf)
         scores = scores.clone()
-        for i, wanted in enumerate(self.wanted):
-            if isinstance(wanted, list):  # one of these, even if all of them are banned (a label, a value of `within`)
-                kept = scores[i, wanted].clone()
-                scores[i] = -torch.inf
-                scores[i, wanted] = kept if kept.isfinite().any() else 0.0
-            else:  # free text without these; an end token means the end of the line
-                scores[i, self.newline] = torch.maximum(scores[i, self.newline], scores[i, self.eos])
-                scores[i, self.special] = -torch.inf
-                scores[i, list(wanted)] = -torch.inf
-        return scores
+        scores[:, self.newline] = torch.maximum(scores[:, self.newline], ends)
+        scores = scores.masked_fill(~may, -torch.inf)
+        # One of these, even if all of them are banned otherwise (a label, a value of `within`).
+        stuck = ~scores.isfinite().any(-1, keepdim=True)
+        return scores.masked_fill(stuck & may, 0.0)
 
 
-def _fill(filler: FormFiller, llm: "LLM", form: Sequence[Field]) -> Generator[list[int] | set[int], int, None]:
-    """One row's form as a coroutine: yields what must come next (a list) or must not (a set), is sent what came."""
+def _fill(filler: FormFiller, llm: "LLM", form: Sequence[Field]) -> Generator[Wanted, int, None]:
+    """One row's form as a coroutine: yields what may come next, is sent what came."""
     begun: set[int] = set()  # first tokens of the distinct values so far
     taken: list[list[int]] = []  # those that were choices
     for number, line in enumerate(form):
@@ -94,7 +116,7 @@ def _fill(filler: FormFiller, llm: "LLM", form: Sequence[Field]) -> Generator[li
             label, choices = llm.text_ids(line.label), []
         for position, token in enumerate(label):
             may_end = position == 0 and line.optional
-            came = yield [token, filler.eos] if may_end else [token]
+            came = yield Wanted(allowed=[token, filler.eos] if may_end else [token])
             if came == filler.eos:
                 return
         if choices:
@@ -102,27 +124,27 @@ def _fill(filler: FormFiller, llm: "LLM", form: Sequence[Field]) -> Generator[li
                 choices = [ids for ids in choices if ids not in taken] or choices
             came, chosen = yield from _choose(choices, filler.newline)
             taken += [chosen] if line.distinct else []
-        own = {*llm.text_ids(line.within), filler.newline} - set(filler.special) if line.within else set()
+        own = {*llm.text_ids(line.within), filler.newline} - filler.special if line.within else set()
         for count in range(line.max_tokens if not choices else 0):
-            avoid = filler.line_ends if count < line.min_tokens else set()
-            if count == 0:
-                avoid = filler.not_first | (begun if line.distinct else set())
-            came = yield sorted(own - avoid) or avoid  # a text may have no token left to write
+            kind = BEGIN if count == 0 else NO_LINE_END if count < line.min_tokens else OPEN
+            avoid = begun if count == 0 and line.distinct else set()
+            left = own - filler.banned[kind] - avoid  # a text may have no token left to write
+            came = yield Wanted(allowed=left) if left else Wanted(kind, banned=avoid)
             if count == 0 and line.distinct:
                 begun.add(came)
             if came in filler.line_ends:
                 break
         if came not in filler.line_ends and number < len(form) - 1:
-            yield [filler.newline]
+            yield Wanted(allowed=[filler.newline])
 
 
-def _choose(choices: Sequence[list[int]], newline: int) -> Generator[list[int] | set[int], int, tuple[int, list[int]]]:
+def _choose(choices: Sequence[list[int]], newline: int) -> Generator[Wanted, int, tuple[int, list[int]]]:
     """Let one of several strings of ids be written, token by token: (the last token that came, the string)."""
     came = newline
     written: list[int] = []
     while following := {ids[len(written)] for ids in choices if len(ids) > len(written)}:
         may_end = written in choices  # the beginning of a longer one
-        came = yield sorted(following | ({newline} if may_end else set()))
+        came = yield Wanted(allowed=following | ({newline} if may_end else set()))
         if may_end and came == newline:
             break
         choices = [ids for ids in choices if ids[len(written) : len(written) + 1] == [came]]

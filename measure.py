@@ -75,7 +75,7 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
         group_size=args.answers,
         max_new_tokens=args.new_tokens,
         steps=1,
-        dequantize=small,
+        dequantize="on" if small else "off",
         recompute=not small,
     )
     measured: dict[str, int] = {}
@@ -90,7 +90,7 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
 
     llm = phase(
         "load",
-        lambda: model.load(source, lora_r=cfg.lora_r, dequantize=cfg.dequantize, recompute=cfg.recompute),
+        lambda: model.load(source, lora_r=cfg.lora_r, dequantize=plan.dequantizes(cfg), recompute=cfg.recompute),
     )
     optimizer, scheduler = pop.make_optimizer(llm, cfg)
     episode = Episode(Document("made up", ""), problem=PROBLEM, rubric=RUBRIC)
@@ -113,7 +113,7 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
     work = {
         "solve": Batch(1, prompt, max(lengths), cfg.group_size),
         "judge": Batch(
-            min(len(judged), max(1, model.READ_TOKENS // rest)), max(map(len, judged)), 0, 1, rest, len(shared)
+            min(len(judged), max(1, llm.read_tokens // rest)), max(map(len, judged)), 0, 1, rest, len(shared)
         ),
         "update": Batch(1, prompt, round(statistics.fmean(lengths)), cfg.group_size),
     }
@@ -124,7 +124,7 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
         device=device,
         lora_r=cfg.lora_r,
         trained=False,
-        dequantize=cfg.dequantize,
+        dequantize=plan.dequantizes(cfg),
         recompute=cfg.recompute,
     )
     print(f"\nlengths: {work}\n\nphase   predicted  measured GiB  measured / predicted")

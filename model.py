@@ -5,7 +5,6 @@ N completion tokens of a whole batch, D hidden size, V vocabulary.
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.util
@@ -45,6 +44,10 @@ from forms import Field, FormFiller
 if TYPE_CHECKING:
     from peft import PeftModel
 
+OUT_OF_MEMORY = re.compile(
+    r"CUDA (driver )?error: out of memory|can't allocate memory|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
+)
+
 # What a tokenizer without a chat template (a base model) is given instead.
 PLAIN_FORMAT = {
     "system": "{content}",
@@ -55,11 +58,16 @@ PLAIN_FORMAT = {
 # A text must not spell out the headings of PLAIN_FORMAT.
 PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
 
-# One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again.
-LOGITS_CHUNK_BYTES = 64 * 2**20
+# One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again. Each chunk reads
+# the whole output head, 1.1 GB of a 7B, which a GPU should not do too often.
+LOGITS_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
-# Tokens read at once behind a shared beginning: more are no faster, and padded to a longer row.
-READ_TOKENS = 1_024
+# Tokens read at once: more are no faster, padded to a longer row, and need more memory.
+READ_TOKENS = {"cpu": 1_024, "cuda": 8_192}
+
+# Times as long as attention without a mask takes for a pair of tokens. On CUDA a mask rules out FlashAttention; 4 is a
+# guess until bench_gpu.py has measured it on a card.
+MASKED = {"cpu": 1.0, "cuda": 4.0}
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,6 @@ class Completion:
     ids: list[int]
     text: str
     finished: bool  # False: cut off at max_new_tokens
-
-
-@dataclass(frozen=True)
-class Beginnings:
-    """What groups of rows begin with, read: ids and mask (groups, P), their cache, each row's group, its tokens."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    cache: Any
-    owners: dict[int, int]
-    common: list[int]
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -126,8 +123,8 @@ def check_hub(source: str) -> None:
         ) from None
 
 
-def check_code(source: str) -> None:
-    """Refuse a model that brings code along: this trainer runs none but that of the installed libraries.
+def check_code(source: str) -> Any:
+    """A model's configuration. One that brings code along is refused: none but the installed libraries' is ever run.
 
     Left open, trust_remote_code would ask at the terminal. A config.json can also name an attention kernel of the
     hub, which is code too. Raises UserError, OSError or ValueError.
@@ -142,6 +139,7 @@ def check_code(source: str) -> None:
     if any("/" in str(part._attn_implementation) for part in (config, config.get_text_config())):
         kernel = config.get_text_config()._attn_implementation
         raise UserError(f"model {source} names the attention code {kernel!r}, which is never run: {remedy}")
+    return config
 
 
 def dequantized(gguf: Path) -> Path:
@@ -172,7 +170,16 @@ def pick_device() -> tuple[torch.device, torch.dtype]:
     """The device and the dtype to compute in. bf16 only on a GPU that has it: a CPU is 6-15x slower in it."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
-    return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # Older cards than Ampere have bf16 in emulation only, which is slower than fp32.
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device("cuda"), torch.bfloat16 if native else torch.float32
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA's allocator has its own exception; the driver, cuBLAS, cuDNN and the CPU's allocator raise others."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    )
 
 
 def load(
@@ -184,6 +191,7 @@ def load(
     seed: int = 0,
     token_budget: int = 32_768,
     dequantize: bool = False,
+    cuda_graph: bool = False,
     recompute: bool = True,
 ) -> "LLM":
     """Load a causal LM with a fresh LoRA on every linear layer except the output head.
@@ -193,6 +201,7 @@ def load(
     Raises UserError if the model is missing or is not one this code can train exactly.
     """
     device, dtype = pick_device()
+    use_expandable_segments()
     dtype = {"4bit": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[load_in]
     # bitsandbytes, which peft imports, warns of a missing CPU kernel that LLM.__post_init__ keeps out of use anyway.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -208,18 +217,25 @@ def load(
     )
     source = resolve(name)
     check_hub(source)
+    kind = "unknown"
     try:
-        check_code(source)
+        kind = check_code(source).model_type
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             device_map={"": device},
             quantization_config=nf4 if load_in == "4bit" else None,
+            attn_implementation="sdpa",  # whatever its config.json says
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {name}: {str(error).strip().partition(chr(10))[0]}") from None
+    except Exception as error:
+        if out_of_memory(error):
+            raise UserError(f"out of memory while loading model {name}: choose a smaller one") from None
+        if not isinstance(error, OSError | ValueError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot load model {name} of type {kind}: {reason}") from None
     torch.manual_seed(seed)  # the adapter's initial weights
     config = LoraConfig(
         r=lora_r,
@@ -229,14 +245,40 @@ def load(
         task_type="CAUSAL_LM",
         base_model_name_or_path=source,
     )
+    with exact_or_refused(model.config.model_type):
+        adapted = get_peft_model(model, config)
     return LLM(
-        get_peft_model(model, config),
+        adapted,
         tokenizer,
         dtype=dtype,
         token_budget=token_budget,
         dequantize=dequantize,
+        cuda_graph=cuda_graph,
         recompute=recompute,
     )
+
+
+def use_expandable_segments() -> None:
+    """Let CUDA's allocator grow its segments: batches of ever new lengths leave holes in fixed ones.
+
+    Before the first allocation. Settings of the user's own in the environment are left alone.
+    """
+    if torch.cuda.is_available() and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
+@contextlib.contextmanager
+def exact_or_refused(kind: str) -> Iterator[None]:
+    """Inside, an architecture of the given type is tried out. Whatever error that ends in becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        if out_of_memory(error):
+            raise UserError("out of memory while the model is tried out: choose a smaller one") from None
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(f"models of type {kind} are not supported ({reason})") from None
 
 
 # ------------------------------------------------------------------------------------------------------- LLM
@@ -251,6 +293,7 @@ class LLM:
     dtype: torch.dtype = torch.float32
     token_budget: int = 32_768
     dequantize: bool = False  # read and write with weights out of 4 bits: faster, at 2 or 4 bytes a weight
+    cuda_graph: bool = False  # decode by CUDA graphs; on a CPU the same steps without the graph
     recompute: bool = True  # activation checkpointing in the update
     batch: tuple[int, int] = (0, 0)  # rows and longest row of the last batch begun: what did not fit, if memory ran out
     eos_ids: list[int] = field(init=False)
@@ -258,6 +301,9 @@ class LLM:
     unpacked: tuple[Any, dict[Any, Any]] | None = field(init=False, default=None)  # see held()
 
     def __post_init__(self) -> None:
+        # cuDNN's attention, torch's first choice on H100, H200 and B200, makes a plan for every new length, as each
+        # decoding step has one, and its gradients can be NaN under a mask (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         base: Any = self.model.get_base_model()
         eos = base.generation_config.eos_token_id  # Qwen2.5 has two; the tokenizer knows only one
         eos = [eos] if isinstance(eos, int) else list(eos or [])
@@ -274,12 +320,21 @@ class LLM:
             # scales and a product without a backward: every later gradient would silently be wrong.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+            # Dropout, which some configurations ask for in training, would make the update's model another than the one
+            # that wrote the answers.
+            for name, value in vars(module).items():
+                if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                    setattr(module, name, 0.0)
         for layer in fast.lora_layers(self.model):
             layer.forward = functools.partial(fast.lora_forward, layer)
         if self.recompute:
-            base.activation_checkpointing_enable()  # has an effect in training mode only
+            # Has an effect in training mode only. Before transformers 5.23 it had the older name.
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable()
         self.model.eval()
-        self._check_head()
+        with exact_or_refused(base.config.model_type):
+            self._check_layers()
+            self._check_exact()
 
     @property
     def device(self) -> torch.device:
@@ -293,8 +348,17 @@ class LLM:
     def context(self) -> int:
         """The longest sequence the model takes, in tokens."""
         config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)  # within it, attention to a window is attention to all
-        return min(getattr(config, "max_position_embeddings", None) or 2**31, window or 2**31)
+        limits = [getattr(config, "max_position_embeddings", None)]
+        limits.append(getattr(config, "sliding_window", None))  # within it, attention to a window is attention to all
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # beyond it, all keys would have to be computed anew
+            limits.append(rope.get("original_max_position_embeddings"))
+        return min(limit or 2**31 for limit in limits)
+
+    @property
+    def masked(self) -> float:
+        """How many times as long attention takes for a pair of tokens where there is a mask."""
+        return MASKED["cpu" if self.device.type == "cpu" else "cuda"]
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -336,20 +400,21 @@ class LLM:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, with `dequantize`, the layers compute from weights out of 4 bits: the same products, faster.
+        """For a phase without gradients: inside, layers compute from what is made of weights and adapters once.
 
-        No gradients. The copy is kept until it is of no use: adapters on or off, adapters trained.
+        That is the adapters in 16 bits where the model computes in them, and with `dequantize` the weights out of 4
+        bits. It is kept until it is of no use: adapters on or off, adapters trained.
         """
-        if not self.dequantize:
-            yield
-            return
         layers = fast.lora_layers(self.model)
         adapted = not layers[0].disable_adapters
+        if not self.dequantize and (self.dtype == torch.float32 or not adapted):
+            yield
+            return
         versions = [p._version for p in self.model.parameters() if p.requires_grad] if adapted else []
         kind = (adapted, versions)
         if self.unpacked is None or self.unpacked[0] != kind:
             self.unpacked = None  # never two copies
-            self.unpacked = kind, fast.unpacked_forwards(self.model, self.dtype, adapted)
+            self.unpacked = kind, fast.held_forwards(self.model, self.dtype, adapted, self.dequantize)
         forwards = self.unpacked[1]
         usual = {module: module.__dict__.get("forward") for module in forwards}
         try:
@@ -493,49 +558,68 @@ class LLM:
             pad_token_id=self.pad_id,
         )
         processors = LogitsProcessorList([FormFiller(self, forms)] if forms else [])
-        with self.autocast():
-            ids, mask, cache = self._prefill(rows, max_new_tokens)
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=processors,
-                custom_generate=functools.partial(fast.decode, mask=mask, reserved=cache, progress=progress),
-            )
+        ids, mask, cache = self._prefill(rows, max_new_tokens)
+        loop = functools.partial(
+            fast.decode, mask=mask, reserved=cache, dtype=self.dtype, progress=progress, cuda_graph=self.cuda_graph
+        )
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=processors,
+            custom_generate=loop,
+        )
         return output[:, ids.shape[1] :].tolist()
 
     @torch.no_grad()
     def _prefill(self, rows: Sequence[list[int]], new: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Read what rows have in common once: (ids, attention mask), each (B, P), and a cache of their beginnings.
 
-        The cache has room for P + new tokens. Beginnings and the rest, at least a row's last token, are padded on
-        their left apart from each other.
+        The cache has room for P + new tokens. See `_laid_out`: P - cached tokens are left to be read.
         """
-        beginnings = self._read_beginnings(rows)
-        return self._continued(beginnings, rows, range(len(rows)), new, fast.reserve)
-
-    def _read_beginnings(self, rows: Sequence[list[int]]) -> Beginnings:
         groups = fast.shared_beginnings(rows)
-        ids, mask = self.pad([rows[members[0]][:common] for members, common in groups], side="left")
-        cache = DynamicCache(config=self.model.config)
-        if ids.shape[1]:
-            self.hidden(ids, mask, positions(mask), cache)
-        owners = {i: number for number, (members, _) in enumerate(groups) for i in members}
-        return Beginnings(ids, mask, cache, owners, [common for _, common in groups])
+        common = {i: tokens for members, tokens in groups for i in members}
+        ids, mask = self._laid_out(rows, [common[i] for i in range(len(rows))], max(common.values()))
+        beginnings = [(rows[members[0]][:tokens], members) for members, tokens in groups]
+        return ids, mask, self._read(beginnings, len(rows), ids.shape[1] + new)
 
-    def _continued(
-        self,
-        shared: Beginnings,
-        rows: Sequence[list[int]],
-        chosen: Sequence[int],
-        new: int,
-        take: Callable[[Any, torch.Tensor, int], Any],
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """The chosen rows, whose beginnings are read: (ids, mask), each (B, P), and their part of the cache."""
-        owners = torch.tensor([shared.owners[i] for i in chosen], device=self.device)
-        ids, mask = self.pad([rows[i][shared.common[shared.owners[i]] :] for i in chosen], side="left")
-        ids, mask = torch.cat([shared.ids[owners], ids], 1), torch.cat([shared.mask[owners], mask], 1)
-        return ids, mask, take(shared.cache, owners, ids.shape[1] + new)
+    def _read(self, beginnings: Sequence[tuple[list[int], list[int]]], rows: int, length: int) -> Any:
+        """Beginnings and the rows that begin with each -> a cache of `rows` rows with room for `length` tokens.
+
+        They are padded on the right: there no real token sees the padding, so attention needs no mask, which would
+        rule out its fastest kernels. At most self.read_tokens tokens pass through the model at once.
+        """
+        cache: Any = Cache(layers=[fast.Reserved(rows, length) for _ in range(self.layers)])
+        lengths = [len(ids) for ids, _ in beginnings]
+        some = [[i] for i, tokens in enumerate(lengths) if tokens]
+        for chunk in batches(some, lengths, self.read_tokens):  # the longest first
+            ids, _ = self.pad([beginnings[i][0] for i in chunk])
+            part: Any = DynamicCache()
+            self.hidden(ids, None, torch.arange(ids.shape[1], device=self.device).expand_as(ids), part)
+            pairs = [(source, row) for source, i in enumerate(chunk) for row in beginnings[i][1]]
+            source, target = torch.tensor(pairs, device=self.device).unbind(-1)
+            for layer, read in zip(cache.layers, part.layers, strict=False):
+                layer.take(read.keys, read.values, source, target)
+        return cache
+
+    def _laid_out(
+        self, rows: Sequence[list[int]], common: Sequence[int], width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of which the first `common[i]` tokens are read apart -> (ids, attention mask), each (B, P).
+
+        Those tokens are padded on the right to `width`, the others on the left: all rows end in the last column.
+        """
+        rest = max(len(row) - tokens for row, tokens in zip(rows, common, strict=True))
+        ids = torch.full((len(rows), width + rest), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for i, (row, tokens) in enumerate(zip(rows, common, strict=True)):
+            for span, part in (
+                (slice(0, tokens), row[:tokens]),
+                (slice(width + rest - len(row) + tokens, None), row[tokens:]),
+            ):
+                ids[i, span] = torch.tensor(part, dtype=torch.long)
+                mask[i, span] = 1
+        return ids.to(self.device), mask.to(self.device)
 
     def _cut(self, ids: list[int]) -> Completion:
         """Cut after the first end token, found by its position: the pad id is often the end id too."""
@@ -549,6 +633,10 @@ class LLM:
                 f"a prompt with its completion takes {tokens} tokens, the model's context is {self.context}: "
                 "lower --max-words, --max-new-tokens or --rubric-answers"
             )
+
+    @property
+    def read_tokens(self) -> int:
+        return min(self.token_budget, READ_TOKENS["cpu" if self.device.type == "cpu" else "cuda"])
 
     def pad(self, rows: Sequence[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids -> (ids, attention mask), each (B, longest), padded on one side."""
@@ -568,7 +656,7 @@ class LLM:
     ) -> torch.Tensor:
         """Last hidden states (B, T, D): everything but the output head.
 
-        ids (B, T), at: position ids (B, T). mask: (B, cached + T), (B, 1, T, T), or None for plain causal attention.
+        ids (B, T), at: position ids (B, T). mask: (B, 1, T, cached + T), additive, or None for plain causal attention.
         """
         base: Any = self.model.get_base_model()
         return base.get_decoder()(
@@ -591,17 +679,26 @@ class LLM:
         for row in rows:
             self.check_length(len(row))
         groups, lengths = [members for members, _ in fast.shared_beginnings(rows)], [len(row) for row in rows]
-        with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.autocast(), self.held():
+        with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar, self.held():
+            wanted = torch.tensor(choices, device=self.device)
             for batch in batches(groups, lengths, self.token_budget):
                 self.batch = (len(batch), max(lengths[i] for i in batch))
                 some = [rows[i] for i in batch]
-                shared = self._read_beginnings(some)
-                rest = [len(row) - shared.common[shared.owners[i]] for i, row in enumerate(some)]
-                for part in batches([[i] for i in range(len(some))], rest, min(self.token_budget, READ_TOKENS)):
-                    ids, mask, cache = self._continued(shared, some, part, 0, fast.copied)
-                    seen = cache.get_seq_length()
-                    last = self.hidden(ids[:, seen:], mask, positions(mask)[:, seen:], cache)[:, -1]
-                    results[[batch[i] for i in part]] = head(last)[:, choices].float().softmax(-1).cpu()  # (B, K)
+                shared = fast.shared_beginnings(some)
+                seen = max(tokens for _, tokens in shared)
+                beginnings = [(some[members[0]][:tokens], [g]) for g, (members, tokens) in enumerate(shared)]
+                read = self._read(beginnings, len(shared), seen)
+                owner = {i: g for g, (members, _) in enumerate(shared) for i in members}
+                common = [shared[owner[i]][1] for i in range(len(some))]
+                rest = [len(row) - tokens for row, tokens in zip(some, common, strict=True)]
+                for part in batches([[i] for i in range(len(some))], rest, self.read_tokens):
+                    ids, mask = self._laid_out([some[i] for i in part], [common[i] for i in part], seen)
+                    owners = torch.tensor([owner[i] for i in part], device=self.device)
+                    cache = fast.copied(read, owners, ids.shape[1])
+                    see = fast.additive(fast.visible(mask, seen), self.dtype)  # (B, 1, P - seen, P)
+                    last = self.hidden(ids[:, seen:], see, positions(mask)[:, seen:], cache)[:, -1]
+                    probs = head(last)[:, wanted].float().softmax(-1)  # (B, K)
+                    results[[batch[i] for i in part]] = probs.cpu()
                     bar.update(len(part))
         return results
 
@@ -610,7 +707,7 @@ class LLM:
         ids: torch.Tensor,
         segments: torch.Tensor,
         temperature: float,
-        chunk_bytes: int = LOGITS_CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the completion tokens under the distribution they were sampled from.
 
@@ -618,10 +715,15 @@ class LLM:
         (N,) float32 in row order, N = (segments > 0).sum(); entropy (nats) carries no gradient. The logits of N tokens
         are computed in chunks and recomputed in the backward pass: (B, T, V) never exists.
         """
-        ids, segments = ids.to(self.device), segments.to(self.device)
+        see = fast.segment_mask(segments)
+        targets = ids[segments > 0].to(self.device)  # (N,)
+        rows, columns = (index.to(self.device) for index in fast.before(segments))
+        at = fast.segment_positions(segments).to(self.device)
+        mask = None if see is None else fast.additive(see.to(self.device), self.dtype)
+        chunk_bytes = chunk_bytes or LOGITS_CHUNK_BYTES["cpu" if self.device.type == "cpu" else "cuda"]
         with self.autocast():
-            hidden = self.hidden(ids, fast.segment_mask(segments), fast.segment_positions(segments))
-            states, targets = hidden[fast.before(segments)], ids[segments > 0]  # (N, D), (N,)
+            hidden = self.hidden(ids.to(self.device), mask, at)
+            states = hidden[rows, columns]  # (N, D)
             size = max(1, chunk_bytes // (4 * self.model.config.get_text_config().vocab_size))
             parts = [
                 checkpoint(self._token_logps, s, t, temperature, use_reentrant=False)
@@ -670,25 +772,21 @@ class LLM:
         """The memory of a batch: a forward pass over the prompts, then one token behind a cache of full length."""
         prompt = min(prompt, self.context - new)
         self.batch = (prompts * n, prompt + new)
-        # Different second tokens, so that no two prompts begin alike; one is shorter: only then are masks made.
+        # Different second tokens, so that no two prompts begin alike; one is shorter: only then is there padding.
         rows = [[self.pad_id, i % 2**15] + [self.pad_id] * (prompt - 2 - (i == 0)) for i in range(prompts)]
-        with self.autocast(), self.held(), self._quickly():
+        with self.held(), self._quickly():
             ids, mask, cache = self._prefill([row for row in rows for _ in range(n)], new)
             if not new:
                 return
-            cache.layers[1:] = [copy.deepcopy(cache.layers[0]) for _ in range(self.layers - 1)]
             for layer in cache.layers:
+                if not layer.is_initialized:  # not run
+                    layer.lazy_initialization(*cache.layers[0].stores)
                 for store in layer.stores:
-                    store.fill_(0)  # reserved memory is not in use before it is written
-                layer.keys, layer.values = (store[:, :, :-1] for store in layer.stores)
+                    store.fill_(0)  # memory that is reserved is in use once it is written
+                layer.show(layer.length - 1)
             mask = torch.nn.functional.pad(mask, (0, new), value=1)
-            self.model(
-                input_ids=ids[:, -1:],
-                attention_mask=mask,
-                position_ids=positions(mask)[:, -1:],
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
+            see = fast.additive(fast.visible(mask, mask.shape[1] - 1), self.dtype)
+            fast.next_logits(self.model, ids[:, -1:], see, positions(mask)[:, -1:], cache)
 
     def rehearse_update(self, prompts: int, prompt: int, new: int, n: int) -> None:
         """The memory of a micro-batch: forward and backward pass. The gradients are the caller's to throw away."""
@@ -699,16 +797,53 @@ class LLM:
         with self.training(), self._quickly():
             self.logps(ids, segments, temperature=1.0)[0].sum().backward()
 
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Some architectures scale or cap the logits after the head; this code would silently miss that."""
-        ids = torch.arange(8, device=self.device)[None]
-        with self.autocast():
-            logits = self.model(input_ids=ids).logits.float()
-            own = self.model.get_output_embeddings()(self.hidden(ids, None, ids)).float()
-        if not torch.allclose(logits, own, atol=1e-2, rtol=1e-2):
+    def _check_layers(self) -> None:
+        """Refuse models with weights that this code would pass by: the experts of a mixture are no linear layers."""
+        if other := {
+            type(layer.base_layer).__name__
+            for layer in fast.lora_layers(self.model)
+            if not isinstance(layer.base_layer, torch.nn.Linear)
+        }:
             kind = self.model.config.model_type
-            raise UserError(f"models of type {kind} change the logits after the output head; not supported")
+            raise UserError(
+                f"models of type {kind} have layers other than linear ones ({', '.join(sorted(other))}); not supported"
+            )
+
+    @torch.no_grad()
+    def _check_exact(self) -> None:
+        """Refuse a model whose logits depend on the layout: the head apart from the rest, several completions in a row,
+        a prompt in a cache. There neither samples nor gradients would be the model's own.
+
+        It may be the architecture (a state that runs on from token to token) or attention that reads masks otherwise.
+        """
+        kind, vocabulary = self.model.config.model_type, self.model.config.get_text_config().vocab_size
+        ids = [(7 + 31 * i) % vocabulary for i in range(40)]
+        prompt, answers = ids[:9], [ids[9:20], ids[20:25], ids[25:40]]
+        rows, head = [prompt + answer for answer in answers], self.model.get_output_embeddings()
+
+        def differs(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+            error = (logits.float() - expected.float()).norm() / expected.float().norm()
+            return not error < (1e-3 if self.dtype == torch.float32 else 0.1)
+
+        with self.autocast():
+            whole = [self.model(input_ids=torch.tensor([row], device=self.device)).logits[0] for row in rows]  # (T, V)
+            alone, _ = self.pad(rows[:1])
+            hidden = self.hidden(alone, None, torch.arange(alone.shape[1], device=self.device)[None])
+            if differs(head(hidden[0]), whole[0]):
+                raise UserError(f"models of type {kind} change the logits after the output head; not supported")
+            layout, segments = fast.segments_of([(prompt, answers), (prompt[:3], [])], self.pad_id)  # with padding
+            see = fast.additive(fast.segment_mask(segments), self.dtype).to(self.device)  # type: ignore[arg-type]
+            hidden = self.hidden(layout.to(self.device), see, fast.segment_positions(segments).to(self.device))
+            packed = head(hidden[0, (segments[0] > 0).to(self.device)])
+            if differs(packed, torch.cat([logits[len(prompt) :] for logits in whole])):
+                raise UserError(f"models of type {kind} let answers in one row see each other; not supported")
+        with self.held() if self.dtype == torch.bfloat16 else contextlib.nullcontext():
+            batch, mask, cache = self._prefill(rows, 0)
+            seen = cache.get_seq_length()
+            see = fast.additive(fast.visible(mask, seen), self.dtype)
+            last = fast.next_logits(self.model, batch[:, seen:], see, positions(mask)[:, seen:], cache)
+            if differs(last, torch.stack([logits[-1] for logits in whole])):
+                raise UserError(f"models of type {kind} go on otherwise from a cache than from the text; not supported")
 
 
 def spellings(word: str) -> list[str]:

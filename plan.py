@@ -34,6 +34,7 @@ CONTEXT = {"cuda": int(0.8 * GIB), "cpu": int(0.45 * GIB)}
 # On a CPU glibc keeps a share of what is freed, most of it between the gradients as they grow. Measured at three sizes.
 KEPT = {"cuda": (1.0, 1.0), "cpu": (1.05, 1.1)}  # beside reading and writing, beside the update
 CARDS = {16: 13, 24: 20, 32: 27, 48: 44, 80: 74}  # GB of a card -> GiB to use; the allocator fragments the rest
+USABLE = 0.9  # of what is free on the card at hand
 
 # Lengths in tokens, at most.
 TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
@@ -177,13 +178,15 @@ def predict(
     trained: bool = True,
     dequantize: bool = False,
     recompute: bool = True,
+    bf16: bool = True,
 ) -> dict[str, int]:
     """Peak bytes of "load" and of each role of `work`; all but "update" only generate or read.
 
     trained: Adam's two moments exist, as they do from the second step on. dequantize: all other roles hold all
-    weights out of 4 bits. recompute: activations are computed again in the backward pass.
+    weights out of 4 bits. recompute: activations are computed again in the backward pass. bf16: a CUDA card has it, as
+    all since Ampere do; others compute in fp32.
     """
-    dtype = {"4bit": 2 if device == "cuda" else 4, "bf16": 2, "fp32": 4}[load_in]
+    dtype = {"4bit": 2 if device == "cuda" and bf16 else 4, "bf16": 2, "fp32": 4}[load_in]
     # NF4: half a byte a weight, a byte to scale each 64, an fp32 to scale each 256 of those.
     linear = 0.5 + 1 / 64 + 4 / (64 * 256) if load_in == "4bit" else dtype
     lora = shapes.lora_params(lora_r)
@@ -198,11 +201,12 @@ def predict(
     result = {"load": base + 4 * lora + max(read, weight if device == "cuda" else 3 * weight)}
     for role, batch in work.items():
         if role == "update":  # with gradients; the first optimizer step makes the moments after the backward pass
-            backward = casts + weight + update_bytes(shapes, batch, dtype, lora_r, recompute)
+            chunk = LOGITS_CHUNK_BYTES[device]
+            backward = casts + weight + update_bytes(shapes, batch, dtype, lora_r, recompute, chunk)
             result[role] = resident + 4 * lora + max(backward, 0 if trained else 8 * lora)
         else:
             held = held_bytes(shapes, dtype) if dequantize else weight
-            result[role] = resident + casts + held + reading_bytes(shapes, batch, dtype)
+            result[role] = resident + casts + held + reading_bytes(shapes, batch, dtype, READ_TOKENS[device])
     kept = {role: KEPT[device][role == "update"] for role in result}
     return {role: CONTEXT[device] + int(size * kept[role]) for role, size in result.items()}
 
@@ -212,36 +216,45 @@ def held_bytes(shapes: Shapes, dtype: int) -> int:
     return dtype * (shapes.linear_params + (shapes.vocab * shapes.hidden if dtype == 4 else 0))
 
 
-def mask_bytes(rows: int, queries: int, keys: int, dtype: int) -> int:
-    """A mask (rows, queries, keys): as booleans, and as numbers inside the attention."""
-    return rows * queries * keys * (1 + dtype)
+def reading_bytes(shapes: Shapes, batch: Batch, dtype: int, chunk: int) -> int:
+    """Activations and cache of a forward pass over the prompts and of the decoding after it.
 
-
-def reading_bytes(shapes: Shapes, batch: Batch, dtype: int) -> int:
-    """Activations and cache of a forward pass over the prompts and of the decoding after it."""
+    chunk: how many tokens pass through the model at once, if each row has fewer.
+    """
     d, i, q = shapes.hidden, shapes.intermediate, shapes.heads * shapes.head_dim
-    rest = batch.rest or batch.prompt  # read at once
-    # Of a token: the residual stream with two normed copies, queries, keys and values of every head and what attention
-    # returns; or the activated gate beside the three stages of `up` with its LoRA.
-    tokens = batch.prompts * rest
-    reading = tokens * (3 * d + max(4 * q, 4 * i)) * dtype + mask_bytes(batch.prompts, rest, batch.prompt, dtype)
     kv = shapes.kv_bytes(dtype)
+    # Of a token: the residual stream with two normed copies, queries, keys and values of every head and what attention
+    # returns; or the activated gate beside the three stages of `up` with its LoRA. Its keys and values are apart until
+    # they are put into the cache.
+    tokens = min(batch.prompts * batch.prompt, max(chunk, batch.prompt))
+    reading = tokens * ((3 * d + max(4 * q, 4 * i)) * dtype + kv)
     if not batch.new:
-        shared = batch.beginnings * (batch.prompt - rest) * kv
-        return reading + (shared + batch.prompts * batch.prompt * kv if batch.rest else 0)
-    reading += batch.prompts * batch.prompt * kv
+        if not batch.rest:
+            return reading
+        # The beginnings' cache; then rows with a copy of theirs, masked, which attention needs for every query head.
+        rest = batch.prompts * batch.rest * (3 * d + max(4 * q, 4 * i)) * dtype
+        rest += batch.prompts * batch.prompt * (kv + 2 * q * dtype + batch.rest * dtype)
+        read = min(batch.beginnings * (batch.prompt - batch.rest), max(chunk, batch.prompt - batch.rest))
+        first = read * ((3 * d + max(4 * q, 4 * i)) * dtype + kv)
+        return batch.beginnings * (batch.prompt - batch.rest) * kv + max(first, rest)
     cache = batch.rows * (batch.prompt + batch.new) * kv
-    copied = batch.prompts * batch.prompt * kv // shapes.layers  # a layer at a time to its n rows
     logits = 5 * 4 * batch.rows * shapes.vocab  # fp32: logits, scores, probabilities; in fp64 their sums
-    return max(reading, cache + max(copied, logits))
+    return cache + max(reading, logits)
 
 
-def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int, recompute: bool = True) -> int:
+def update_bytes(
+    shapes: Shapes,
+    batch: Batch,
+    dtype: int,
+    lora_r: int,
+    recompute: bool = True,
+    logits_bytes: int = LOGITS_CHUNK_BYTES["cpu"],
+) -> int:
     """Activations and gradients of one micro-batch of prompts, each in a row with n completions; chunked logits."""
     d, i, q = shapes.hidden, shapes.intermediate, shapes.heads * shapes.head_dim
     row = batch.prompt + batch.n * batch.new
     tokens = batch.prompts * row
-    mask = mask_bytes(batch.prompts, row, row, dtype) if batch.n > 1 else 0
+    mask = batch.prompts * row * row * dtype if batch.n > 1 else 0
     # Of a layer, recomputed: two normed inputs and the residual; queries, keys and values of every head, and what
     # attention returns; gate, activated gate, up and their product; seven LoRA insides.
     layer = tokens * (3 * d + 4 * q + 4 * i + 7 * lora_r) * dtype + mask
@@ -255,14 +268,14 @@ def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int, recomput
         layer = tokens * 3 * i * dtype + mask
     states = 2 * batch.rows * batch.new * d * dtype  # the states that are scored, and their gradient
     # A chunk of logits in fp32: logits, log-probabilities, probabilities, and the terms of the entropy.
-    chunk = 4 * min(LOGITS_CHUNK_BYTES, 4 * shapes.vocab * batch.rows * batch.new)
+    chunk = 4 * min(logits_bytes, 4 * shapes.vocab * batch.rows * batch.new)
     return kept + states + max(layer, chunk)
 
 
 # ------------------------------------------------------------------------------------------------------- plan
 
 
-def work_of(cfg: "Config") -> dict[str, Batch]:
+def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
     """The largest batch of each role, were every text as long as it may be."""
     document = round(cfg.max_words * TOKENS_PER_WORD)
     rubric = cfg.criterion_tokens * cfg.max_criteria
@@ -287,7 +300,7 @@ def work_of(cfg: "Config") -> dict[str, Batch]:
         "judge": largest(answers, asked + cfg.max_new_tokens + rubric, RATING_TOKENS * cfg.max_criteria)
         if cfg.judge != "logits"
         else Batch(
-            min(answers * cfg.max_criteria, max(1, min(READ_TOKENS, cfg.rollout_tokens) // rest)),
+            min(answers * cfg.max_criteria, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
             asked + cfg.criterion_tokens + cfg.max_new_tokens,
             rest=rest,
             beginnings=cfg.documents * cfg.max_criteria,
@@ -357,7 +370,7 @@ def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int) -> dict
     multiplies, whichever takes longer. Attention is left out.
     """
     linear, lora, head = 2 * shapes.linear_params, 2 * shapes.lora_params(cfg.lora_r), 2 * shapes.vocab * shapes.hidden
-    full = dtype if cfg.dequantize or cfg.load_in != "4bit" else 0.53  # bytes of a weight
+    full = dtype if dequantizes(cfg, shapes) or cfg.load_in != "4bit" else 0.53  # bytes of a weight
     weights = shapes.linear_params * full + shapes.vocab * shapes.hidden * dtype
     work, result = work_of(cfg), {}
     for role, (read, written) in tokens_of(cfg).items():
@@ -377,23 +390,44 @@ def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int) -> dict
     return result
 
 
+def dequantizes(cfg: "Config", shapes: Shapes | None = None) -> bool:
+    """Whether weights are held out of 4 bits while reading and writing: by default where the card has room for them
+    beside all else, by the plan. The card is the one here, or one of the size that the preset is made for."""
+    if cfg.dequantize != "auto" or cfg.load_in != "4bit":
+        return cfg.dequantize == "on"
+    if torch.cuda.is_available():
+        room = int(USABLE * torch.cuda.mem_get_info()[0])
+    else:
+        size = cfg.preset.removesuffix("gb")
+        room = CARDS[int(size)] * GIB if size.isdigit() else 0
+    try:
+        shapes = shapes or shapes_of(cfg.model)
+    except UserError:  # no Llama-like model, so that nothing is known of its memory
+        return False
+    bf16 = pick_device()[1] == torch.bfloat16 or not torch.cuda.is_available()
+    peaks = predict(shapes, work_of(cfg), device="cuda", lora_r=cfg.lora_r, dequantize=True, bf16=bf16)
+    return max(peaks.values()) <= room
+
+
 def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = None) -> str:
     """What --dry-run prints: for the model of `cfg`, and for CUDA if there is one or the preset is made for one."""
     shapes = shapes or shapes_of(cfg.model)
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = device or ("cuda" if here == "cuda" or cfg.preset in ("24gb", "48gb") else "cpu")
+    device = device or ("cuda" if here == "cuda" or cfg.preset in ("16gb", "24gb", "48gb") else "cpu")
+    _, kind = pick_device()
+    held = dequantizes(cfg, shapes) if device == "cuda" else cfg.dequantize == "on"
     memory = predict(
         shapes,
-        work_of(cfg),
+        work_of(cfg, device),
         device=device,
         load_in=cfg.load_in,
         lora_r=cfg.lora_r,
-        dequantize=cfg.dequantize,
+        dequantize=held,
         recompute=cfg.recompute,
+        bf16=here == "cpu" or kind == torch.bfloat16,
     )
     seconds: dict[str, float] = {}
     if device == here:  # the limits of a card can only be measured on it
-        _, kind = pick_device()
         kind = {"4bit": kind, "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.load_in]
         limit = limits(kind, here)
         seconds = seconds_of(shapes, cfg, limit, kind.itemsize)
@@ -414,6 +448,8 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     card = next((f"fits a {size} GB card" for size, limit in CARDS.items() if top <= limit), "fits no card listed")
     fits = card if device == "cuda" else "must be free"
     lines += ["", f"Memory on {device} is arithmetic, not measured. Its peak, {top:.1f} GiB, {fits}."]
+    if held:
+        lines.append("It includes the weights out of 4 bits, which make reading and writing faster (--dequantize off).")
     if seconds:
         lines.append(
             f"Seconds: all texts at their longest, at the share of this machine's limits that bench.py found on a CPU "

@@ -29,6 +29,7 @@ import checkpoint
 import faults
 import guards
 import heldout
+import plan
 import report
 import rubric
 import runlog
@@ -48,7 +49,7 @@ T = TypeVar("T")
 class Config:
     """Rubric-based self-play on pre-training text: one model, one GPU, no labels."""
 
-    preset: Literal["auto", "demo", "24gb", "48gb"] = "auto"
+    preset: Literal["auto", "demo", "16gb", "24gb", "48gb"] = "auto"
     """Defaults for a kind of machine; auto picks by hardware. Any field below overrides it."""
     output: str = ""
     """The run folder; empty: a new one under runs/."""
@@ -157,8 +158,11 @@ class Config:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
-    dequantize: bool = False
-    """Read and write with weights taken out of 4 bits for the time: the same numbers sooner, at 2 or 4 bytes each."""
+    dequantize: Literal["auto", "on", "off"] = "auto"
+    """Read and write with weights taken out of 4 bits for the time: the same numbers sooner, at 2 or 4 bytes each.
+    auto: on a GPU that by the plan has room for them."""
+    cuda_graph: bool = False
+    """Decode by CUDA graphs, one launch a step instead of some 1,500. Not measured on a GPU yet."""
     recompute: bool = True
     """Compute activations a second time in the backward pass: a third more work for a fraction of the memory."""
     rollout_tokens: int = 32_768
@@ -235,7 +239,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         judge="logits",
         lr=1e-4,
         warmup_steps=1,
-        dequantize=True,
+        dequantize="on",
         rollout_tokens=16_384,
         recompute=False,
         update_tokens=512,
@@ -244,6 +248,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_every=4,
         eval_documents=3,
     ),
+    "16gb": dict(rollout_tokens=8_192, update_tokens=1_536),  # fits in fp32 too, for cards without bf16
     "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
     "48gb": dict(documents=8, group_size=16, rollout_tokens=131_072, update_tokens=12_288),
 }
@@ -261,11 +266,12 @@ def parse_args(argv: Sequence[str]) -> Config:
     if preset not in ("auto", *PRESETS):
         raise UserError(f"--preset {preset}: unknown; choose from auto, {', '.join(PRESETS)}")
     why = "as asked"
-    if preset == "auto":
+    helped = "-h" in argv or "--help" in argv
+    if preset == "auto" and not helped:
         preset, why = pick_preset()
-    if "-h" not in argv and "--help" not in argv:
+    if not helped:
         print(f"preset {preset}: {why}")
-    default = Config(**PRESETS[preset], preset=preset)  # type: ignore[arg-type]
+    default = Config(**PRESETS.get(preset, {}), preset=preset)  # type: ignore[arg-type]
     return tyro.cli(Config, args=list(argv), default=default)
 
 
@@ -274,17 +280,24 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
     stored = checkpoint.stored_config(run)
     if unknown := set(stored) - {field.name for field in fields(Config)}:
         raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
+    if isinstance(held := stored.get("dequantize"), bool):  # as it was written once
+        stored["dequantize"] = "on" if held else "off"
     cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
     checkpoint.check_changes(stored, cfg)
     return cfg
 
 
 def pick_preset() -> tuple[str, str]:
-    """The preset this machine can run, and why."""
+    """The preset this machine can run, and why. Raises UserError if its GPU is too small for the default model."""
     if not torch.cuda.is_available():
         return "demo", "no GPU found, so SmolLM2-135M on the built-in samples, NF4 on the CPU"
     card, gib = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
-    preset = "48gb" if gib > 40 else "24gb"
+    if gib < 14:
+        raise UserError(
+            f"{card} has {gib:.0f} GiB, too little for Qwen2.5-7B: give --preset 16gb with a smaller model, such as "
+            "--model Qwen/Qwen2.5-1.5B-Instruct (--dry-run tells what it takes), or --preset demo"
+        )
+    preset = "48gb" if gib > 40 else "24gb" if gib > 20 else "16gb"
     return preset, f"{card} has {gib:.0f} GiB, so Qwen2.5-7B-Instruct in NF4"
 
 
@@ -431,7 +444,7 @@ def micro_batches(llm: LLM, groups: Sequence[Sequence[Sample]], budget: int) -> 
     rows = []
     for group in groups:
         prompt, completions = len(group[0].prompt), [len(sample.completion) for sample in group]
-        for members in share_prompts(prompt, completions, budget, llm.pairs_a_token):
+        for members in share_prompts(prompt, completions, budget, llm.pairs_a_token, llm.masked):
             rows.append([group[i] for i in members])
     lengths = [len(row[0].prompt) + sum(len(sample.completion) for sample in row) for row in rows]
     return [[rows[i] for i in batch] for batch in batches([[i] for i in range(len(rows))], lengths, budget)]
@@ -695,8 +708,6 @@ def main(argv: Sequence[str]) -> int:
         return sweep.main(argv[1:])
     cfg = parse_args(argv)
     if cfg.dry_run:
-        import plan  # reads shapes only
-
         print(plan.plan(cfg))
         return 0
     corpus = open_corpus(cfg)
@@ -710,7 +721,8 @@ def main(argv: Sequence[str]) -> int:
         lora_alpha=cfg.lora_alpha,
         seed=cfg.seed,
         token_budget=cfg.rollout_tokens,
-        dequantize=cfg.dequantize,
+        dequantize=plan.dequantizes(cfg),
+        cuda_graph=cfg.cuda_graph,
         recompute=cfg.recompute,
     )
     check_context(llm, cfg)

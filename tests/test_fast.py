@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Qw
 
 import fast
 from data import UserError
+from forms import Field
 from model import LLM
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -79,12 +80,39 @@ def test_the_copy_of_the_weights_is_let_go_for_training(llm):
         assert llm.unpacked is None
 
 
-def test_adapters_are_never_added_to_weights_in_16_bits(llm):
-    """There the rounding is as large as what a young adapter adds."""
-    for layer in fast.lora_layers(llm.model):
-        layer.base_layer.to(torch.bfloat16)
-    forwards = fast.unpacked_forwards(llm.model, torch.bfloat16, adapted=True)
-    assert set(forwards) == {layer.base_layer for layer in fast.lora_layers(llm.model)}
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_in_16_bits_adapters_too_small_for_the_weights_rounding_still_count(llm, dequantize):
+    """W is 1 everywhere, x adds up to 0: all that is left is the adapter's part, which 1 + 1e-4 would lose in bf16."""
+    layer = fast.lora_layers(llm.model)[0]
+    layer.base_layer.to(torch.bfloat16)
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(1.0)
+        layer.lora_A["default"].weight.fill_(0.01).mul_(torch.arange(32) % 2)
+        layer.lora_B["default"].weight.fill_(0.01)
+    x = torch.tensor([1.0, -1.0] * 16, dtype=torch.bfloat16)[None]
+    y = fast.held_forwards(llm.model, torch.bfloat16, with_adapters=True, dequantize=dequantize)[layer](x)
+    expected = -2 * 4 * 0.01 * 0.01 * 16  # scale x rank x B x A x inputs
+    torch.testing.assert_close(y.float(), torch.full((1, 32), expected), rtol=0.02, atol=0)
+
+
+def test_in_16_bits_adapters_are_rounded_once_for_a_phase():
+    """Not at each of the decoding steps, and again once they were trained."""
+    llm = tiny_llm()
+    llm.model.get_base_model().to(torch.bfloat16)
+    for name, p in llm.model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    llm = LLM(llm.model, llm.tokenizer, dtype=torch.bfloat16)
+    with llm.held():
+        kept = dict(llm.unpacked[1])
+    greedy(llm)
+    assert llm.unpacked[1] == kept and set(kept) == set(fast.lora_layers(llm.model))
+    with torch.no_grad():
+        for name, p in llm.model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(-1)
+    with llm.held():
+        assert not set(llm.unpacked[1].values()) & set(kept.values())
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -98,7 +126,7 @@ def test_a_reserved_cache_holds_what_a_growing_one_holds():
     plain, chosen = DynamicCache(), torch.tensor([2, 0, 0])
     first = some(3, 5)
     plain.update(*first, 0)
-    reserved = fast.reserve(plain, chosen, 9)
+    reserved = fast.copied(plain, chosen, 9)
     expected = [tensor[chosen] for tensor in first]
     for tokens in (1, 3):
         more = some(3, tokens)
@@ -109,6 +137,43 @@ def test_a_reserved_cache_holds_what_a_growing_one_holds():
     assert reserved.get_seq_length() == 9
     kept = fast.reserve(reserved, torch.tensor([1]), 9)
     assert torch.equal(kept.layers[0].keys, expected[0][[1]]) and reserved.layers[0].keys is None
+
+
+def test_a_reserved_cache_is_finite_where_nothing_is_written(monkeypatch):
+    """Attention multiplies it by 0, which makes NaN of the NaN that new memory may hold."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *shape, **kind: empty(*shape, **kind).fill_(torch.nan))
+    layer, states = fast.Reserved(3, 9), torch.ones(2, 2, 5, 4)
+    layer.take(states, states, torch.tensor([0, 1]), torch.tensor([0, 2]))
+    layer.take(states[:, :, :2], states[:, :, :2], torch.tensor([0]), torch.tensor([1]))
+    assert layer.get_seq_length() == 5 and all(store.isfinite().all() for store in layer.stores)
+
+
+def test_long_prompts_are_read_in_chunks_without_a_mask(llm):
+    """Rows of a chunk are padded on the right, where causal attention sees no padding, so nothing rules out the
+    fastest kernels; each chunk is within the budget of reading."""
+    llm.token_budget = 10**6
+    read: list[tuple[tuple[int, ...], bool]] = []
+
+    def note(module, args, kwargs):
+        read.append((tuple(kwargs["input_ids"].shape), kwargs["attention_mask"] is None))
+
+    prompts = [random_ids(length, seed=length) for length in (500, 300, 400, 450, 30)]
+    expected = [greedy(llm, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    decoder = llm.model.get_base_model().get_decoder()
+    decoder.register_forward_pre_hook(note, with_kwargs=True)
+    assert greedy(llm, prompts, n=2, max_new_tokens=8) == [row * 2 for row in expected]
+    assert read[:3] == [((2, 499), True), ((2, 399), True), ((1, 29), True)]
+    assert all(shape == (10, 1) and not unmasked for shape, unmasked in read[3:5])
+
+
+def test_no_row_of_a_mask_sees_nothing():
+    """Some kernels return NaN there, which ends in a token outside of the vocabulary."""
+    mask = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1]])
+    assert fast.visible(mask, 2)[:, 0].int().tolist() == [
+        [[1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 0, 1]],
+        [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]],
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- batching
@@ -150,7 +215,8 @@ def test_draw_finds_a_token_at_both_ends_of_the_unit_interval(monkeypatch, numbe
     assert fast.draw(scores).tolist() == [1 if number == 0 else 3]
 
 
-def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm):
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm, cuda_graph):
     """Rows of forced lengths; the others write what they write alone."""
     widths: list[int] = []
     head = llm.model.get_output_embeddings()
@@ -183,6 +249,8 @@ def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm):
             config,
             mask=mask,
             reserved=cache,
+            dtype=torch.float32,
+            cuda_graph=cuda_graph,
             progress=lambda tokens: None,
         )
         return [row[:stop].tolist() for row, stop in zip(output[:, ids.shape[1] :], stops, strict=True)]
@@ -200,6 +268,30 @@ def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm):
         2,
     ]  # one of five ends, then another, then one of three
     assert together == [written([prompt], [stop])[0] for prompt, stop in zip(PROMPTS, stops, strict=True)]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_steps_as_a_graph_needs_them_write_what_others_write(llm, n):
+    """A cache of full length, written at a column in a tensor; rows that leave; a row that begins with one token."""
+    prompts = [*PROMPTS, [65], [*PROMPTS[0][:5], 7, 8]]
+    usual = greedy(llm, prompts, n=n, max_new_tokens=60)
+    llm.cuda_graph = True
+    assert greedy(llm, prompts, n=n, max_new_tokens=60) == usual
+    form = [Field("a: ", choices=("0", "1", "2")), Field("b:", 6, min_tokens=2, distinct=True)]
+    forms = [form] * (n * len(prompts))
+    with_forms = greedy(llm, prompts, n=n, max_new_tokens=30, forms=forms)
+    llm.cuda_graph = False
+    assert greedy(llm, prompts, n=n, max_new_tokens=30, forms=forms) == with_forms
+
+
+def test_a_fixed_step_takes_the_cache_over(llm):
+    """Where rows leave, their cache must not stay in memory beside the smaller one."""
+    ids, _, cache = llm._prefill(PROMPTS, 4)
+    width = ids.shape[1] + 4
+    step = fast.FixedStep(llm.model, cache, torch.zeros(len(PROMPTS), 1, 1, width), written=ids.shape[1])
+    assert all(layer.stores == [] and layer.keys is None for layer in cache.layers)
+    fast.reserve(step.cache, torch.tensor([0]), width)
+    assert all(layer.stores == [] and layer.keys is None for layer in step.cache.layers)
 
 
 def sliding_llm(window: int | None) -> LLM:
@@ -282,6 +374,11 @@ def test_a_prompt_is_shared_as_long_as_attention_costs_less_than_reading_it_agai
     # Joining 10 and 10 behind a prompt of 5 relates 25^2 pairs where two rows relate 2 x 15^2: 175 more.
     assert list(fast.share_prompts(5, [10, 10], 100, worth=35.1)) == [[0, 1]]
     assert list(fast.share_prompts(5, [10, 10], 100, worth=34.9)) == [[0], [1]]
+    # A mask that takes twice as long: 2 x 25^2 - 2 x 15^2 = 800 more. A third one then adds 2 x (35^2 - 25^2) - 15^2.
+    assert list(fast.share_prompts(5, [10, 10], 100, worth=160.1, masked=2)) == [[0, 1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, worth=159.9, masked=2)) == [[0], [1]]
+    assert list(fast.share_prompts(5, [10, 10, 10], 100, worth=195.1, masked=2)) == [[0, 1, 2]]
+    assert list(fast.share_prompts(5, [10, 10, 10], 100, worth=194.9, masked=2)) == [[0, 1], [2]]
 
 
 def test_random_rows_of_forms_and_lengths_survive_compaction(llm):

@@ -7,6 +7,7 @@ import huggingface_hub
 import numpy as np
 import peft
 import pytest
+import torch
 import transformers
 
 import plan
@@ -74,7 +75,7 @@ def test_tiny_update_by_hand():
     states = 2 * 6 * 32
     gradients = 21 * 3 * 48
     layer = 21 * (3 * 32 + 4 * 32 + 4 * 48 + 7 * 4) + gradients
-    mask = 3 * 7 * 7 * 5
+    mask = 3 * 7 * 7 * 4
     work = Batch(3, 5, 1, n=2)
     assert plan.update_bytes(TINY, work, 4, lora_r=4) == 4 * (inputs + states + layer) + mask
     kept = 2 * 21 * (6 * 32 + 5 * 32 + 4 * 48 + 7 * 4)
@@ -161,6 +162,37 @@ def test_48gb_preset_fits_44_gib_in_every_phase():
     assert max(predict(shapes_of(cfg.model), work_of(cfg), device="cuda").values()) <= 44 * GIB
 
 
+@pytest.mark.parametrize(("judge", "bf16"), [("generate", True), ("generate", False), ("logits", True)])
+def test_16gb_preset_fits_13_gib_in_every_phase_with_its_own_judge_in_fp32_too(judge: str, bf16: bool):
+    cfg = replace(config_of("16gb"), judge=judge)
+    memory = predict(shapes_of(cfg.model), work_of(cfg), device="cuda", bf16=bf16)
+    assert max(memory.values()) <= 13 * GIB, memory
+
+
+def test_prompts_are_read_in_chunks_so_that_more_documents_cost_only_their_cache():
+    cfg = config_of("24gb")
+    batch = Batch(prompts=40, prompt=1_000, new=100)
+    twice = replace(batch, prompts=80)
+    assert (cfg.rollout_tokens, plan.READ_TOKENS["cuda"]) == (49_152, 8_192)
+    more = plan.reading_bytes(QWEN_7B, twice, 2, 8_192) - plan.reading_bytes(QWEN_7B, batch, 2, 8_192)
+    assert more == 40 * 1_100 * QWEN_7B.kv_bytes(2)
+
+
+@pytest.mark.parametrize(("preset", "held"), [("demo", True), ("16gb", False), ("24gb", False), ("48gb", True)])
+def test_weights_are_held_out_of_4_bits_where_the_card_of_a_preset_has_room(preset: str, held: bool):
+    cfg = config_of(preset)
+    assert plan.dequantizes(cfg) is held
+    assert plan.dequantizes(replace(cfg, dequantize="on")) and not plan.dequantizes(replace(cfg, dequantize="off"))
+
+
+@pytest.mark.parametrize(("free", "held"), [(20, False), (27, True), (79, True)])
+def test_weights_are_held_out_of_4_bits_where_the_card_at_hand_has_room(monkeypatch, free: int, held: bool):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 80 * GIB))
+    assert plan.dequantizes(config_of("24gb")) is held
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_batch_exceeds_its_token_budget(preset: str):
     cfg = config_of(preset)
@@ -174,7 +206,7 @@ def test_the_plan_says_what_it_will_do_and_that_memory_is_arithmetic():
     text = plan.plan(config_of("24gb"))
     assert "7.62 B parameters in 4bit, LoRA r=32 trains 80.7 M" in text
     assert "24,576" in text  # 4 documents x 8 answers x 768 tokens
-    assert "fits a 24 GB card" in text
+    assert "fits a 16 GB card" in text and "out of 4 bits" not in text
     assert "arithmetic, not measured" in text
 
 
