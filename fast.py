@@ -382,7 +382,7 @@ def decode(
     done = torch.zeros_like(present, dtype=torch.bool)
     step: FixedStep | None = None
     for length in range(prompt, prompt + new):
-        if cuda_graph and ids.shape[1] == 1:
+        if cuda_graph and ids.shape[1] == 1 and reserved.get_seq_length():
             if step is None:
                 step = FixedStep(model, reserved, mask, length)
                 reserved = step.cache

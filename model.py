@@ -264,7 +264,8 @@ def use_expandable_segments() -> None:
     Before the first allocation. Settings of the user's own in the environment are left alone.
     """
     if torch.cuda.is_available() and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        new = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # since torch 2.9
+        (new or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 @contextlib.contextmanager

@@ -55,8 +55,8 @@ def tiny_model(vocab: int, seed: int = 0, width: int = 32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def tiny_llm(seed: int = 0, token_budget: int = 32_768, trained: bool = True):
-    """An LLM of two layers. `trained`: LoRA's B is not zero, so the adapters change the output."""
+def tiny_llm(seed: int = 0, token_budget: int = 32_768, trained: bool = True, **options):
+    """An LLM of two layers. `trained`: LoRA's B is not zero, so the adapters change the output. options: LLM's own."""
     from model import LLM
 
     tokenizer = byte_tokenizer()
@@ -70,7 +70,7 @@ def tiny_llm(seed: int = 0, token_budget: int = 32_768, trained: bool = True):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    return LLM(model, tokenizer, token_budget=token_budget)
+    return LLM(model, tokenizer, token_budget=token_budget, **options)
 
 
 @pytest.fixture

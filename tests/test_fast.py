@@ -1,5 +1,6 @@
 """Everything in fast.py gives what the plain way gives."""
 
+import contextlib
 import copy
 import random
 
@@ -167,6 +168,24 @@ def test_long_prompts_are_read_in_chunks_without_a_mask(llm):
     assert all(shape == (10, 1) and not unmasked for shape, unmasked in read[3:5])
 
 
+def test_a_rehearsal_makes_the_cache_of_each_layer_once(llm, monkeypatch):
+    """On a GPU all layers run, so it must not be made again for those that did not."""
+    made: list[tuple[int, int]] = []
+    usual = fast.Reserved.lazy_initialization
+
+    def count(layer, *states):
+        made.append((layer.rows, layer.length))
+        usual(layer, *states)
+
+    monkeypatch.setattr(fast.Reserved, "lazy_initialization", count)
+    for quickly in (True, False):
+        if not quickly:
+            monkeypatch.setattr(type(llm), "_quickly", lambda self: contextlib.nullcontext())
+        llm.rehearse(prompts=2, prompt=20, new=8, n=3)
+        assert made == [(6, 28)] * 2  # of two layers
+        made.clear()
+
+
 def test_no_row_of_a_mask_sees_nothing():
     """Some kernels return NaN there, which ends in a token outside of the vocabulary."""
     mask = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1]])
@@ -277,6 +296,7 @@ def test_steps_as_a_graph_needs_them_write_what_others_write(llm, n):
     usual = greedy(llm, prompts, n=n, max_new_tokens=60)
     llm.cuda_graph = True
     assert greedy(llm, prompts, n=n, max_new_tokens=60) == usual
+    assert greedy(llm, [[65]], n=n, max_new_tokens=60) == [usual[len(PROMPTS)]]  # nothing is in its cache at first
     form = [Field("a: ", choices=("0", "1", "2")), Field("b:", 6, min_tokens=2, distinct=True)]
     forms = [form] * (n * len(prompts))
     with_forms = greedy(llm, prompts, n=n, max_new_tokens=30, forms=forms)

@@ -97,6 +97,25 @@ def limit_phase(monkeypatch, phase, rows, error):
 
 
 @pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),  # from a kernel or a graph; torch.AcceleratorError is one
+        (RuntimeError("CUDA driver error: out of memory"), True),  # from an expandable segment
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (CPU_OOM, True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA driver error: invalid argument"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out_is_told_from_other_errors(error, full):
+    assert faults.out_of_memory(error) is full
+
+
+@pytest.mark.parametrize(
     ("phase", "error"),
     [("propose", OOM), ("solve", CPU_OOM), ("rubric", OOM), ("judge", OOM), ("update", CPU_OOM)],
     ids=["propose", "solve", "rubric", "judge", "update"],

@@ -30,7 +30,7 @@ from transformers import (
 from data import UserError
 from fast import batches
 from forms import Field
-from model import LLM, Completion, load, resolve
+from model import LLM, Completion, load, pick_device, resolve, use_expandable_segments
 
 END, START, STOP = 256, 257, 258  # ids of the byte tokenizer's <|end|>, <|start|>, <|stop|>
 NEWLINE = byte_tokenizer()("\n").input_ids[0]
@@ -128,9 +128,8 @@ def test_logits_come_in_chunks_that_the_backward_pass_computes_again(llm):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_training_recomputes_the_layers_in_the_backward_pass_if_asked_and_ends_in_eval_mode(llm, recompute):
-    llm.model.get_base_model().activation_checkpointing_disable()
-    llm = LLM(llm.model, llm.tokenizer, recompute=recompute)
+def test_training_recomputes_the_layers_in_the_backward_pass_if_asked_and_ends_in_eval_mode(recompute):
+    llm = tiny_llm(recompute=recompute)
     calls: list[bool] = []
     layer = llm.model.get_base_model().model.layers[0]
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -852,6 +851,49 @@ def test_logits_changed_after_the_head_are_refused(build, neutral, active):
     LLM(get_peft_model(build(neutral), adapters), byte_tokenizer())  # the same architecture is accepted
     with pytest.raises(UserError, match="change the logits after the output head"):
         LLM(get_peft_model(build(active), adapters), byte_tokenizer())
+
+
+def test_cudnn_attention_is_switched_off_with_the_first_model():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny_llm()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_models_that_keep_to_their_first_rope_factors_have_that_context(llm):
+    assert llm.context == 2048
+    llm.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 512}
+    assert llm.context == 512
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert pick_device() == (torch.device("cuda"), dtype)
+
+
+@pytest.mark.parametrize("variable", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_allocator_may_grow_its_segments_unless_the_user_has_set_it_up(monkeypatch, variable):
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append, raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:512")
+    use_expandable_segments()
+    assert given == ([] if variable else ["expandable_segments:True"])
+
+
+def test_memory_that_runs_out_while_a_model_loads_is_one_line(monkeypatch, tmp_path):
+    tiny_model(259).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nmore lines")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    assert refusal(str(tmp_path)) == f"out of memory while loading model {tmp_path}: choose a smaller one"
 
 
 # ----------------------------------------------------------------------------------------- the packaged model

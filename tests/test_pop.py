@@ -302,6 +302,33 @@ def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):
         pop.check_context(llm, replace(CFG, max_words=5000))
 
 
+def card_of(monkeypatch, gib: float) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    properties = types.SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+@pytest.mark.parametrize(
+    ("gib", "preset"),
+    [(14.6, "16gb"), (15.9, "16gb"), (22.1, "24gb"), (23.6, "24gb"), (31.4, "24gb"), (44.4, "48gb"), (79.1, "48gb")],
+)
+def test_the_preset_follows_the_memory_that_cards_report(monkeypatch, gib, preset):
+    card_of(monkeypatch, gib)
+    assert pop.pick_preset()[0] == preset
+
+
+def test_a_card_too_small_for_the_default_model_is_told_so_in_one_line_but_not_when_help_is_asked(monkeypatch, capsys):
+    card_of(monkeypatch, 11.8)
+    with pytest.raises(UserError, match=r"a card has 12 GiB.*--preset 16gb.*--preset demo") as error:
+        pop.parse_args([])
+    assert "\n" not in str(error.value)
+    assert pop.parse_args(["--preset", "16gb", "--model", "small"]).rollout_tokens == 8_192
+    with pytest.raises(SystemExit) as exit:
+        pop.parse_args(["--help"])
+    assert exit.value.code == 0
+
+
 def test_preset_flags_on_top_of_a_preset(capsys):
     cfg = pop.parse_args(["--preset", "24gb", "--lr", "3e-5"])
     assert (cfg.model, cfg.lr, cfg.judge) == ("Qwen/Qwen2.5-7B-Instruct", 3e-5, "generate")
