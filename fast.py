@@ -399,7 +399,8 @@ def decode(
         if not len(left):
             break
         if 4 * len(left) <= 3 * len(present):
-            reserved, step = reserve(reserved, left, prompt + new), None
+            step = None  # its graph's memory goes first
+            reserved = reserve(reserved, left, prompt + new)
             present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
             for processor in logits_processor:
                 if hasattr(processor, "keep"):

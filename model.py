@@ -176,10 +176,13 @@ def pick_device() -> tuple[torch.device, torch.dtype]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """CUDA's allocator has its own exception; the driver, cuBLAS, cuDNN and the CPU's allocator raise others."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )
+    """CUDA's allocator has its own exception; the driver, cuBLAS, cuDNN and the CPU's allocator raise others. Where it
+    happens while a CUDA graph is captured, another error is raised because of it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        return True
+    return error.__context__ is not None and out_of_memory(error.__context__)
 
 
 def load(
@@ -786,8 +789,14 @@ class LLM:
                     store.fill_(0)  # memory that is reserved is in use once it is written
                 layer.show(layer.length - 1)
             mask = torch.nn.functional.pad(mask, (0, new), value=1)
-            see = fast.additive(fast.visible(mask, mask.shape[1] - 1), self.dtype)
-            fast.next_logits(self.model, ids[:, -1:], see, positions(mask)[:, -1:], cache)
+            last, at = mask.shape[1] - 1, positions(mask)[:, -1:]
+            see = fast.additive(fast.visible(mask, last), self.dtype)  # (B, 1, 1, P + new)
+            if self.cuda_graph:
+                step = fast.FixedStep(self.model, cache, see, last)
+                for _ in range(2):  # the second is captured
+                    step(ids[:, -1:], at, last)
+            else:
+                fast.next_logits(self.model, ids[:, -1:], see, at, cache)
 
     def rehearse_update(self, prompts: int, prompt: int, new: int, n: int) -> None:
         """The memory of a micro-batch: forward and backward pass. The gradients are the caller's to throw away."""

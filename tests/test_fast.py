@@ -178,7 +178,7 @@ def test_a_rehearsal_makes_the_cache_of_each_layer_once(llm, monkeypatch):
         usual(layer, *states)
 
     monkeypatch.setattr(fast.Reserved, "lazy_initialization", count)
-    for quickly in (True, False):
+    for quickly, llm.cuda_graph in ((True, False), (False, False), (False, True)):
         if not quickly:
             monkeypatch.setattr(type(llm), "_quickly", lambda self: contextlib.nullcontext())
         llm.rehearse(prompts=2, prompt=20, new=8, n=3)

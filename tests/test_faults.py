@@ -113,6 +113,13 @@ def limit_phase(monkeypatch, phase, rows, error):
 )
 def test_memory_that_ran_out_is_told_from_other_errors(error, full):
     assert faults.out_of_memory(error) is full
+    try:
+        try:
+            raise error
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    except RuntimeError as another:
+        assert faults.out_of_memory(another) is full
 
 
 @pytest.mark.parametrize(
