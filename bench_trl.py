@@ -6,7 +6,7 @@ sampling included, and then has no choice. What the trainer trained on is compar
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -183,7 +183,7 @@ def load_base(source: str, load_in: str) -> Any:
 SETTINGS: dict[str, Any] = {
     **dict(loss_type="dapo", scale_rewards="none", epsilon=0.2, epsilon_high=0.28, num_iterations=1),
     **dict(lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0, max_grad_norm=1.0),
-    **dict(top_p=1.0, top_k=0, shuffle_dataset=False, max_steps=10**9, use_cpu=True, bf16=False),
+    **dict(top_p=1.0, top_k=0, shuffle_dataset=False, max_steps=10**9),
     **dict(report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False),
 }
 ADAPTER: dict[str, Any] = dict(
@@ -191,16 +191,26 @@ ADAPTER: dict[str, Any] = dict(
 )
 
 
-class Theirs:
-    """One GRPO step at a time by TRL, on recorded answers. Building it is not part of any step's time."""
+ON_CPU: dict[str, Any] = dict(use_cpu=True, bf16=False)
 
-    def __init__(self, work: Work) -> None:
-        # As on a GPU, TRL is to compute logits of completions only; on a CPU it would of prompts as well.
-        trl.trainer.utils._use_triton = lambda device: True  # decides which positions, not which kernel
+
+class Theirs:
+    """One GRPO step at a time by TRL, on recorded answers. Building it is not part of any step's time.
+
+    base, tokenizer: trained instead of work.model. settings: where GRPOConfig is to compute, and in what.
+    """
+
+    def __init__(
+        self, work: Work, base: Any = None, tokenizer: Any = None, settings: Mapping[str, Any] = ON_CPU
+    ) -> None:
+        if settings["use_cpu"]:
+            # As on a GPU, TRL is to compute logits of completions only; on a CPU it would of prompts as well.
+            trl.trainer.utils._use_triton = lambda device: True  # decides which positions, not which kernel
         demo = Config(**PRESETS["demo"])
-        source = resolve(work.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
-        base = load_base(source, work.load_in)
+        if base is None:
+            source = resolve(work.model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
+            base = load_base(source, work.load_in)
         eos = base.generation_config.eos_token_id
         groups = groups_of(work, tokenizer, eos if isinstance(eos, int) else eos[0])
         group_size, max_new_tokens, micro_rows = work.group_size, work.new_tokens, work.micro_rows
@@ -224,6 +234,7 @@ class Theirs:
                 beta=work.kl_coef,
                 gradient_checkpointing=True,
                 **SETTINGS,
+                **settings,
             ),
             train_dataset=Dataset.from_dict(
                 {"prompt": [[{"role": "user", "content": text}] for text in texts], "group": list(range(len(groups)))}
@@ -240,12 +251,14 @@ class Theirs:
     def _prepared(self) -> Reader:
         """The trainer's model set to the same numbers as pop.py's, and its reader.
 
-        TRL rounds the adapters of a 4-bit model to bf16; pop.py's are fp32, so these are too. And in eval mode, as in
-        judging, bitsandbytes would repack NF4 weights on some CPUs, to a product that passes no gradient on.
+        TRL rounds the adapters of a 4-bit model to bf16; pop.py's are fp32, so these are too where all else is. In bf16
+        they are left as TRL has them: it generates outside of autocast, where fp32 adapters would make it slower. And
+        in eval mode, as in judging, bitsandbytes would repack NF4 weights on some CPUs, to a product that passes no
+        gradient on.
         """
         model: Any = self.trainer.model
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not self.trainer.args.bf16:
                 parameter.data = parameter.data.float()
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -24,6 +24,7 @@ from hostile import HOSTILE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from transformers.integrations import hub_kernels
 
 import model
 import rubric
@@ -573,11 +574,16 @@ def test_a_tokenizer_that_brings_code_along_is_not_run(model_folder, monkeypatch
     assert not trace.exists()
 
 
-def test_a_model_whose_attention_is_code_of_the_hub_is_refused(model_folder):
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_model_whose_attention_is_code_of_the_hub_is_loaded_without_it(model_folder, monkeypatch, key):
     folder, _, edit = model_folder
-    edit("config.json", attn_implementation="someone/attention")
-    with pytest.raises(UserError, match=r"'someone/attention', which is never run: choose"):
-        model.load(str(folder), load_in="fp32", lora_r=2, lora_alpha=2)
+    edit("config.json", **{key: "someone/attention"})
+    loaders = [name for name in vars(hub_kernels) if name.startswith(("load_and_register", "get_kernel"))]
+    assert loaders
+    for name in loaders:
+        monkeypatch.setattr(hub_kernels, name, lambda *_, **__: pytest.fail("code of the hub is asked for"))
+    llm = model.load(str(folder), load_in="fp32", lora_r=2, lora_alpha=2)
+    assert llm.model.config._attn_implementation == "sdpa"
 
 
 def test_a_script_beside_documents_is_not_run_and_a_script_alone_is_refused(folder, tmp_path):
