@@ -217,10 +217,12 @@ def load(
     check_hub(source)
     kind = "unknown"
     try:
-        kind = check_code(source).model_type
+        model_config = check_code(source)
+        kind = model_config.model_type
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source,
+            config=model_config,  # given, or what its file says of attention would win over the line below
             dtype=dtype,
             device_map={"": device},
             quantization_config=nf4 if load_in == "4bit" else None,
