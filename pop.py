@@ -37,7 +37,7 @@ from checkpoint import State
 from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
 from fast import batches, segments_of, share_prompts
 from faults import Interrupted, Signals, within_memory
-from model import LLM, load
+from model import LLM, MASKED, load
 from rubric import Answer, Episode, Phase, alive, plainly
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class Config:
     max_grad_norm: float = 1.0
 
     dequantize: Literal["auto", "on", "off"] = "auto"
-    """Read and write with weights taken out of 4 bits for the time: the same numbers sooner, at 2 or 4 bytes each.
+    """Hold the weights out of 4 bits while generating and judging: the same numbers sooner, at 2 or 4 bytes a weight.
     auto: on a GPU that by the plan has room for them."""
     cuda_graph: bool = False
     """Decode by CUDA graphs, one launch a step instead of some 1,500. Not measured on a GPU yet."""
@@ -248,7 +248,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_every=4,
         eval_documents=3,
     ),
-    "16gb": dict(rollout_tokens=8_192, update_tokens=1_536),  # fits in fp32 too, for cards without bf16
+    # Fits in fp32 too, for cards without bf16.
+    "16gb": dict(rollout_tokens=8_192, update_tokens=1_536, rubric_answers=4),
     "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
     "48gb": dict(documents=8, group_size=16, rollout_tokens=131_072, update_tokens=12_288),
 }
@@ -280,8 +281,6 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
     stored = checkpoint.stored_config(run)
     if unknown := set(stored) - {field.name for field in fields(Config)}:
         raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
-    if isinstance(held := stored.get("dequantize"), bool):  # as it was written once
-        stored["dequantize"] = "on" if held else "off"
     cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
     checkpoint.check_changes(stored, cfg)
     return cfg
@@ -444,7 +443,7 @@ def micro_batches(llm: LLM, groups: Sequence[Sequence[Sample]], budget: int) -> 
     rows = []
     for group in groups:
         prompt, completions = len(group[0].prompt), [len(sample.completion) for sample in group]
-        for members in share_prompts(prompt, completions, budget, llm.pairs_a_token, llm.masked):
+        for members in share_prompts(prompt, completions, budget, llm.pairs_a_token, MASKED[llm.kind]):
             rows.append([group[i] for i in members])
     lengths = [len(row[0].prompt) + sum(len(sample.completion) for sample in row) for row in rows]
     return [[rows[i] for i in batch] for batch in batches([[i] for i in range(len(rows))], lengths, budget)]

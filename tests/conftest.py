@@ -1,8 +1,11 @@
 """A tiny random model and a byte tokenizer: tests of the code's logic run in seconds, without files."""
 
+import os
 import signal
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared with those of a CPU; bench_gpu.py is for a card
 
 import pytest
 import torch

@@ -202,10 +202,18 @@ def test_a_config_that_asks_for_eager_attention_changes_no_gradient(tmp_path):
 # --------------------------------------------------------------------------------------------------- refused
 
 
+@pytest.mark.parametrize("load_in", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_model_that_cannot_be_trained_exactly_is_refused_by_its_type(kind, tmp_path_factory):
+def test_a_model_that_cannot_be_trained_exactly_is_refused_by_its_type(kind, load_in, tmp_path_factory):
     folder = str(saved(REFUSED[kind], tmp_path_factory.mktemp("model")))
     with pytest.raises(UserError) as error:
-        load(folder, load_in="fp32", lora_r=4)
+        load(folder, load_in=load_in, lora_r=4)
     message = str(error.value).replace(folder, "")
     assert re.search(rf"\b{kind}\b", message) and "\n" not in message
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_model_that_is_trained_exactly_is_taken_in_16_bits_too(kind, cuda_graph, tmp_path_factory):
+    """Where rounding alone lets layouts differ."""
+    load(str(saved(TRAINED[kind], tmp_path_factory.mktemp("model"))), load_in="bf16", lora_r=4, cuda_graph=cuda_graph)

@@ -1,64 +1,69 @@
 """The script for a card's first ten minutes, rehearsed where there is none."""
 
 import json
+from pathlib import Path
 
 import pytest
-import torch
 
 import bench_gpu
 
-WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+
+@pytest.mark.parametrize("part", ["attention", "same", "memory", "decoding"])
+def test_a_rehearsal_finds_figures_and_writes_them_down(tmp_path, part):
+    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", part])
+    found = json.loads((tmp_path / f"out-{part}.json").read_text())["parts"][part]
+    assert found["figures"] and not found["failed"], found
+    if part == "same":
+        assert not [goal for goal in found["goals"].values() if "missed" in goal]
+    if part == "memory":
+        phases = {f"{phase}: GiB planned" for phase in ("propose", "solve", "rubric", "judge", "update")}
+        assert phases <= set(found["figures"])
+    if part == "decoding":
+        assert "NF4 by graph, 4 rows: tokens/s" in found["figures"]
 
 
-@WITHOUT_A_CARD
-def test_a_rehearsal_finds_figures_in_every_part_and_writes_them_down(tmp_path, capsys):
-    parts = ["attention", "same", "memory", "decoding"]
-    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", *parts])
-    found = json.loads((tmp_path / "out.json").read_text())["parts"]
-    assert list(found) == parts
-    assert all(part["figures"] and not part["failed"] for part in found.values()), found
-    assert not [goal for goal in found["same"]["goals"].values() if "missed" in goal]
-    assert {f"{phase}: GiB planned" for phase in ("propose", "solve", "rubric", "judge", "update")} <= set(
-        found["memory"]["figures"]
-    )
-    table = (tmp_path / "out.md").read_text()
-    assert "| decoding | NF4 by graph, 4 rows: tokens/s |" in table and table in capsys.readouterr().out + "\n"
-
-
-@WITHOUT_A_CARD
 def test_without_a_card_it_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: no CUDA card found \(--rehearse .*\)$"):
         bench_gpu.main(["--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+def test_a_part_that_fails_keeps_what_it_had_found(tmp_path, monkeypatch, capsys):
     def bad(s):
         s.note("a figure before", 1.5, most=1)
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setitem(bench_gpu.PARTS, "attention", bad)
-    monkeypatch.setitem(bench_gpu.PARTS, "same", lambda s: s.note("a figure after", 2, least=2))
-    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", "attention", "same"])
-    found = json.loads((tmp_path / "out.json").read_text())["parts"]
-    assert found["attention"]["figures"] == {"a figure before": 1.5}
-    assert found["attention"]["goals"] == {"a figure before": "at most 1: missed"}
-    assert found["attention"]["failed"] == ["attention failed: RuntimeError: no such kernel"]
-    assert found["same"]["figures"] == {"a figure after": 2} and not found["same"]["failed"]
-    assert "attention failed: RuntimeError: no such kernel" in (tmp_path / "out.md").read_text()
+    monkeypatch.setitem(bench_gpu.PARTS, "same", bad)
+    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", "same"])
+    found = json.loads((tmp_path / "out-same.json").read_text())["parts"]["same"]
+    assert found["figures"] == {"a figure before": 1.5}
+    assert found["goals"] == {"a figure before": "at most 1: missed"}
+    assert found["failed"] == ["same failed: RuntimeError: no such kernel"]
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_when_its_time_is_up_the_figures_so_far_are_in_the_table(tmp_path, monkeypatch):
-    def long(s):
-        s.note("a figure before", 1)
-        torch.zeros(1)
-        while True:
-            pass
+SCRIPT = """
+import json, os, signal, sys, time
+part, output = sys.argv[2], sys.argv[sys.argv.index("--output") + 1]
+found = {"figures": {"a figure of " + part: 1}, "goals": {}, "said": [], "failed": []}
+open(f"{output}-{part}.json", "w").write(json.dumps({"machine": {"card": "none"}, "parts": {part: found}}))
+if part == "attention":
+    os.kill(os.getpid(), signal.SIGKILL)  # as a card can end a process
+if part == "memory":
+    time.sleep(60)
+"""
 
-    monkeypatch.setattr(bench_gpu, "LIMIT", 1)
-    monkeypatch.setitem(bench_gpu.PARTS, "attention", long)
-    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", "attention", "same"])
+
+def test_no_part_stops_another_and_their_time_has_an_end(tmp_path, monkeypatch, capsys):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr(bench_gpu, "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(bench_gpu, "LIMIT", 3)
+    parts = ["attention", "same", "memory", "decoding"]
+    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", *parts])
     found = json.loads((tmp_path / "out.json").read_text())["parts"]
-    assert list(found) == ["attention"] and "seconds were over" in found["attention"]["failed"][0]
-    assert "| attention | a figure before | 1 |" in (tmp_path / "out.md").read_text()
+    assert [found[part]["figures"].get(f"a figure of {part}") for part in parts[:3]] == [1, 1, 1]
+    failed = {part: found[part]["failed"] for part in parts}
+    assert failed["attention"] == ["attention ended with -9"] and not failed["same"]
+    assert failed["memory"] == ["memory was stopped, as 3 seconds were over"]
+    table = Path(tmp_path / "out.md").read_text()
+    assert "| same | a figure of same | 1 |" in table and table in capsys.readouterr().out + "\n"

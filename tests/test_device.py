@@ -110,6 +110,16 @@ def test_banned_words():
     assert there == here
 
 
+def test_in_fp32_prompts_are_read_with_a_mask():
+    """Without one, heads that share keys end in a kernel that holds all scores in memory."""
+    llm = fakedevice.move(tiny_llm())
+    masks: list[torch.Tensor | None] = []
+    decoder = llm.model.get_base_model().get_decoder()
+    decoder.register_forward_pre_hook(lambda *call: masks.append(call[2]["attention_mask"]), with_kwargs=True)
+    llm.generate(PROMPTS, max_new_tokens=2, temperature=0.0)
+    assert len(masks) == 3 and all(mask is not None for mask in masks)
+
+
 def test_probabilities_of_choices():
     rows = [*PROMPTS, [*PROMPTS[2], 7], [*PROMPTS[2], 8, 9]]
     there, here = on_both(lambda llm: llm.choice_probs(rows, [48, 49, 50]))

@@ -186,6 +186,19 @@ def test_a_rehearsal_makes_the_cache_of_each_layer_once(llm, monkeypatch):
         made.clear()
 
 
+def test_long_texts_behind_a_shared_beginning_are_read_in_chunks_too(llm):
+    """As the judge's, which share a problem and its rubric and differ in the answer."""
+    llm.token_budget = 10**6
+    beginning = random_ids(20, seed=1)
+    rows = [[*beginning, i, *random_ids(290 + i, seed=i)] for i in range(10)]
+    expected = [greedy(llm, [row], max_new_tokens=4)[0] for row in rows]
+    shapes: list[tuple[int, ...]] = []
+    embedding = llm.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+    assert greedy(llm, rows, max_new_tokens=4) == expected
+    assert shapes == [(1, 20), *[(3, 299)] * 3, (1, 299), *[(10, 1)] * 4]
+
+
 def test_no_row_of_a_mask_sees_nothing():
     """Some kernels return NaN there, which ends in a token outside of the vocabulary."""
     mask = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1]])

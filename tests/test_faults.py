@@ -18,6 +18,7 @@ from conftest import tiny_llm
 from test_pop import group
 
 import checkpoint
+import fast
 import faults
 import pop
 import runlog
@@ -214,6 +215,25 @@ def test_other_errors_are_not_retried(llm):
     with pytest.raises(RuntimeError, match="shapes"):
         faults.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
     assert len(calls) == 1
+
+
+def test_where_a_copy_of_the_weights_does_not_fit_the_phase_goes_on_without_it(monkeypatch, capsys):
+    llm = tiny_llm(dequantize=True)
+    expected = llm.generate([[65, 66]], max_new_tokens=5, temperature=0)
+    usual = fast.held_forwards
+
+    def full(model, dtype, adapted, dequantize):
+        if dequantize:
+            raise OOM
+        return usual(model, dtype, adapted, dequantize)
+
+    monkeypatch.setattr(fast, "held_forwards", full)
+    llm.unpacked, budgets = None, {"solve": 2000}
+    written = faults.within_memory(
+        llm, "solve", lambda: llm.generate([[65, 66]], max_new_tokens=5, temperature=0), lambda: None, budgets
+    )
+    assert (written, budgets, llm.dequantize) == (expected, {"solve": 2000}, False)
+    assert "without a copy of the weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("updates", "fails_at"), [(1, 1), (1, 3), (3, 1), (3, 3), (3, 5), (3, 7), (3, 9)])

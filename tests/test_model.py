@@ -193,7 +193,7 @@ def test_rows_that_begin_alike_read_their_beginning_once(llm):
     expected = plain_greedy(rows, max_new_tokens=5)
     embedding.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
     assert greedy(llm, rows, max_new_tokens=5) == [[ids] for ids in expected]
-    assert shapes == [(2, 20), (6, 3), *[(6, 1)] * 4]
+    assert shapes == [(2, 20), (6, 2), *[(6, 1)] * 5]
 
 
 def test_a_prompt_may_be_a_single_token(llm):

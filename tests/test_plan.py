@@ -88,14 +88,14 @@ def test_predicted_seconds_by_hand():
     limit = plan.Limits(products=1e9, read=1e6)
     read, written = plan.tokens_of(cfg)["update"]
     linear, lora, head = 2 * TINY.linear_params, 2 * TINY.lora_params(32), 2 * 64 * 32
-    seconds = plan.seconds_of(TINY, cfg, limit, 4)
+    seconds = plan.seconds_of(TINY, cfg, limit, 4, dequantized=True)
     forward, backward = read * (linear + lora) + written * head, read * (linear + 2 * lora) + written * head
     assert seconds["update"] == pytest.approx((forward + backward) / 1e9 / plan.REACHED["update"])
     prompt = work_of(cfg)["solve"].prompt
     step = 4 * (TINY.linear_params + 64 * 32) + 2 * (prompt + 5) * TINY.kv_bytes(4)  # bytes: reading takes longest
     expected = prompt * linear / 1e9 / plan.REACHED["reading"] + 10 * step / 1e6 / plan.REACHED["decoding"]
     assert seconds["solve"] == pytest.approx(expected)
-    again = plan.seconds_of(TINY, replace(cfg, recompute=True), limit, 4)["update"]
+    again = plan.seconds_of(TINY, replace(cfg, recompute=True), limit, 4, dequantized=True)["update"]
     assert again - seconds["update"] == pytest.approx(forward / 1e9 / plan.REACHED["update"])
 
 
@@ -178,11 +178,16 @@ def test_prompts_are_read_in_chunks_so_that_more_documents_cost_only_their_cache
     assert more == 40 * 1_100 * QWEN_7B.kv_bytes(2)
 
 
-@pytest.mark.parametrize(("preset", "held"), [("demo", True), ("16gb", False), ("24gb", False), ("48gb", True)])
-def test_weights_are_held_out_of_4_bits_where_the_card_of_a_preset_has_room(preset: str, held: bool):
+@pytest.mark.parametrize(("preset", "held"), [("16gb", False), ("24gb", False), ("48gb", True)])
+def test_the_plan_holds_weights_out_of_4_bits_where_the_card_of_a_preset_has_room(preset: str, held: bool):
     cfg = config_of(preset)
-    assert plan.dequantizes(cfg) is held
-    assert plan.dequantizes(replace(cfg, dequantize="on")) and not plan.dequantizes(replace(cfg, dequantize="off"))
+    assert ("out of 4 bits" in plan.plan(cfg)) is held
+    assert "out of 4 bits" in plan.plan(replace(cfg, dequantize="on"))
+    assert "out of 4 bits" not in plan.plan(replace(cfg, dequantize="off"))
+
+
+def test_without_a_card_weights_stay_in_4_bits_whatever_card_the_preset_is_made_for():
+    assert not plan.dequantizes(config_of("48gb"))
 
 
 @pytest.mark.parametrize(("free", "held"), [(20, False), (27, True), (79, True)])
