@@ -794,7 +794,8 @@ class LLM:
         """The memory of a batch: a forward pass over the prompts, then one token behind a cache of full length."""
         prompt = min(prompt, self.context - new)
         self.batch = (prompts * n, prompt + new)
-        # Different second tokens, so that no two prompts begin alike; one is shorter: only then is there padding.
+        # Different second tokens: what prompts share is little, and the rest is read behind it with a mask. One is
+        # shorter: only then is there padding.
         rows = [[self.pad_id, i % 2**15] + [self.pad_id] * (prompt - 2 - (i == 0)) for i in range(prompts)]
         with self.held(), self._quickly():
             ids, mask, cache = self._prefill([row for row in rows for _ in range(n)], new)
