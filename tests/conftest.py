@@ -79,3 +79,13 @@ def tiny_llm(seed: int = 0, token_budget: int = 32_768, trained: bool = True, **
 @pytest.fixture
 def llm():
     return tiny_llm()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An ordinary model folder, with widths that divide into NF4's blocks of 64."""
+    path = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_tokenizer()
+    tiny_model(len(tokenizer), width=64).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

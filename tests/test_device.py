@@ -4,13 +4,12 @@ decoding step costs there, however small the model, does not depend on the numbe
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import fakedevice
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llm, tiny_model
+from conftest import tiny_llm
 from test_model import PROMPTS, ROWS, laid_out, random_ids, scramble
 from test_pop import group
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -174,16 +173,6 @@ def test_rehearsals():
     budgets = dict.fromkeys(pop.new_progress(cfg)["budgets"], 400)
     faults.try_longest(llm, cfg, budgets)
     assert set(budgets.values()) == {400}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """An ordinary model folder, with widths that divide into NF4's blocks of 64."""
-    path = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_tokenizer()
-    tiny_model(len(tokenizer), width=64).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.mark.parametrize("dequantize", [False, True])

@@ -648,16 +648,6 @@ def test_an_adapter_that_would_not_be_applied_exactly_is_refused(tmp_path, kind,
 # ---------------------------------------------------------------------------------------------- NF4, for real
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """An ordinary model folder, with widths that divide into NF4's blocks of 64."""
-    path = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_tokenizer()
-    tiny_model(len(tokenizer), width=64).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def nf4(folder, monkeypatch) -> LLM:
     monkeypatch.setattr("model.pick_device", lambda: (torch.device("cpu"), torch.float32))
