@@ -260,7 +260,7 @@ def stored_config(run: Path) -> dict[str, Any]:
         raise UserError(f"--resume {run}: no run there (no config.json in it)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
-    if isinstance(held := stored.get("dequantize"), bool):  # as it was written once
+    if isinstance(held := stored.get("dequantize"), bool):  # as older runs wrote it
         stored["dequantize"] = "on" if held else "off"
     return stored
 

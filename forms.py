@@ -39,7 +39,8 @@ def room(llm: "LLM", form: Sequence[Field]) -> int:
     return sum(longest) + len(form)  # a line end after each, the end token after the last
 
 
-# Kinds of tokens: none, all but special ones, those but line ends, those that a value may begin with.
+# What a row may write besides the tokens named to it: nothing, any token but special ones, of these no line end, or of
+# these only what a value may begin with, which is nothing blank either.
 CLOSED, OPEN, NO_LINE_END, BEGIN = range(4)
 
 
@@ -88,7 +89,7 @@ class FormFiller(LogitsProcessor):
                 except StopIteration:  # the form is full
                     self.wanted[i] = Wanted(allowed=[self.eos])
         self.started = True
-        # One upload a step, however many rows: each row's kind, then the tokens named, with their row and their fate.
+        # One upload a step, however many rows: each row's kind, then each token named: row, token, allowed or not.
         named = [(i, token, 1) for i, wanted in enumerate(self.wanted) for token in wanted.allowed]
         named += [(i, token, 0) for i, wanted in enumerate(self.wanted) for token in wanted.banned]
         told = [wanted.kind for wanted in self.wanted] + [number for triple in named for number in triple]

@@ -75,7 +75,6 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
         group_size=args.answers,
         max_new_tokens=args.new_tokens,
         steps=1,
-        dequantize="on" if small else "off",
         recompute=not small,
     )
     measured: dict[str, int] = {}
@@ -90,7 +89,7 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
 
     llm = phase(
         "load",
-        lambda: model.load(source, lora_r=cfg.lora_r, dequantize=plan.dequantizes(cfg), recompute=cfg.recompute),
+        lambda: model.load(source, lora_r=cfg.lora_r, dequantize=small, recompute=cfg.recompute),
     )
     optimizer, scheduler = pop.make_optimizer(llm, cfg)
     episode = Episode(Document("made up", ""), problem=PROBLEM, rubric=RUBRIC)
@@ -124,7 +123,7 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
         device=device,
         lora_r=cfg.lora_r,
         trained=False,
-        dequantize=plan.dequantizes(cfg),
+        dequantize=small,
         recompute=cfg.recompute,
     )
     print(f"\nlengths: {work}\n\nphase   predicted  measured GiB  measured / predicted")

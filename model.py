@@ -44,6 +44,8 @@ from forms import Field, FormFiller
 if TYPE_CHECKING:
     from peft import PeftModel
 
+Device = Literal["cuda", "cpu"]
+
 OUT_OF_MEMORY = re.compile(
     r"CUDA (driver )?error: out of memory|can't allocate memory|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
 )
@@ -358,7 +360,7 @@ class LLM:
         return min(limit or 2**31 for limit in limits)
 
     @property
-    def kind(self) -> Literal["cpu", "cuda"]:
+    def kind(self) -> Device:
         return "cpu" if self.device.type == "cpu" else "cuda"
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import torch
@@ -21,13 +21,12 @@ from transformers import AutoConfig
 
 from data import UserError
 from fast import batches
-from model import LOGITS_CHUNK_BYTES, READ_TOKENS, check_hub, pick_device, resolve
+from model import LOGITS_CHUNK_BYTES, READ_TOKENS, Device, check_hub, pick_device, resolve
 from rubric import RATING_TOKENS
 
 if TYPE_CHECKING:
     from pop import Config
 
-Device = Literal["cuda", "cpu"]
 GIB = 2**30
 # In memory beside the model. CUDA: its context and workspaces. CPU: imports 0.2, then tokenizer and threads.
 CONTEXT = {"cuda": int(0.8 * GIB), "cpu": int(0.45 * GIB)}
@@ -226,17 +225,16 @@ def reading_bytes(shapes: Shapes, batch: Batch, dtype: int, chunk: int) -> int:
     # Of a token: the residual stream with two normed copies, queries, keys and values of every head and what attention
     # returns; or the activated gate beside the three stages of `up` with its LoRA. Its keys and values are apart until
     # they are put into the cache.
-    tokens = min(batch.prompts * batch.prompt, max(chunk, batch.prompt))
-    reading = tokens * ((3 * d + max(4 * q, 4 * i)) * dtype + kv)
+    token = (3 * d + max(4 * q, 4 * i)) * dtype
+    reading = min(batch.prompts * batch.prompt, max(chunk, batch.prompt)) * (token + kv)
     if not batch.new:
         if not batch.rest:
             return reading
         # The beginnings' cache; then rows with a copy of theirs, masked, which attention needs for every query head.
-        rest = batch.prompts * batch.rest * (3 * d + max(4 * q, 4 * i)) * dtype
-        rest += batch.prompts * batch.prompt * (kv + 2 * q * dtype + batch.rest * dtype)
-        read = min(batch.beginnings * (batch.prompt - batch.rest), max(chunk, batch.prompt - batch.rest))
-        first = read * ((3 * d + max(4 * q, 4 * i)) * dtype + kv)
-        return batch.beginnings * (batch.prompt - batch.rest) * kv + max(first, rest)
+        shared = batch.prompt - batch.rest
+        first = min(batch.beginnings * shared, max(chunk, shared)) * (token + kv)
+        rest = batch.prompts * (batch.rest * token + batch.prompt * (kv + 2 * q * dtype + batch.rest * dtype))
+        return batch.beginnings * shared * kv + max(first, rest)
     cache = batch.rows * (batch.prompt + batch.new) * kv
     logits = 5 * 4 * batch.rows * shapes.vocab  # fp32: logits, scores, probabilities; in fp64 their sums
     return cache + max(reading, logits)
@@ -448,7 +446,9 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     fits = card if device == "cuda" else "must be free"
     lines += ["", f"Memory on {device} is arithmetic, not measured. Its peak, {top:.1f} GiB, {fits}."]
     if held:
-        lines.append("The weights out of 4 bits, for faster reading and writing, are in it; not with --dequantize off.")
+        lines.append(
+            "It includes the weights out of 4 bits, held to generate faster; --dequantize off leaves them out."
+        )
     if seconds:
         lines.append(
             f"Seconds: all texts at their longest, at the share of this machine's limits that bench.py found on a CPU "

@@ -268,8 +268,9 @@ def parse_args(argv: Sequence[str]) -> Config:
         raise UserError(f"--preset {preset}: unknown; choose from auto, {', '.join(PRESETS)}")
     why = "as asked"
     helped = "-h" in argv or "--help" in argv
-    if preset == "auto" and not helped:
-        preset, why = pick_preset()
+    if preset == "auto":
+        with contextlib.suppress(UserError) if helped else contextlib.nullcontext():
+            preset, why = pick_preset()
     if not helped:
         print(f"preset {preset}: {why}")
     default = Config(**PRESETS.get(preset, {}), preset=preset)  # type: ignore[arg-type]
