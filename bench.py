@@ -509,11 +509,11 @@ def round_of_play(work: Work, line: Connection) -> None:
     ours = Ours(work)
     llm, meter = ours.llm, ours.meter
     words = " ".join(
-        path.read_text("utf-8") for path in sorted((Path(__file__).parent / "samples/general").glob("*.txt"))
+        path.read_text("utf-8") for path in sorted((Path(__file__).parent / "samples/instructions").glob("*.txt"))
     )
     document = Document("bench", " ".join(words.split()[: work.document_words]))
     cfg = replace(
-        ours.cfg, tries=1, tries_at_once=1, own_words=False, max_criteria=work.criteria, group_size=work.group_size
+        ours.cfg, tries=1, tries_at_once=1, crutches=False, max_criteria=work.criteria, group_size=work.group_size
     )
     episodes = ours.episodes()
     for e in episodes:

@@ -27,7 +27,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "org/name"
 
 # Task -> the hub corpus of the paper and the field of its text.
 HUB_CORPORA = {
-    "general": ("Skylion007/openwebtext", "text"),
+    "instructions": ("Skylion007/openwebtext", "text"),
     "health": ("m42-health/HC4", "text"),
     "writing": ("Skelebor/book_titles_and_descriptions", "description"),
 }
@@ -82,7 +82,7 @@ class Corpus:
         self,
         name: str,
         *,
-        task: str = "general",
+        task: str = "instructions",
         config: str | None = None,
         split: str = "train",
         text_field: str | None = None,

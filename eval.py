@@ -481,7 +481,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", choices=list(pop.PRESETS), help="settings to start from; default: by hardware")
     command.add_argument("--model", help="as for pop.py; default: the preset's")
     command.add_argument("--judge", choices=["generate", "logits"], help="default: the preset's")
-    command.add_argument("--task", choices=list(HUB_CORPORA), default="general")
+    command.add_argument("--task", choices=list(HUB_CORPORA), default="instructions")
     command.add_argument("--corpus", help="as for pop.py: its held-out documents are used; default: the preset's")
     command.add_argument("--documents", type=int, default=12)
     command.add_argument("--seed", type=int, default=0)

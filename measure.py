@@ -200,7 +200,7 @@ def roles(args: argparse.Namespace) -> None:
     done: list[Episode] = []
     preferred: list[float] = []
     counts: Counter[str] = Counter()
-    for task in ("general", "health", "writing"):
+    for task in ("instructions", "health", "writing"):
         overrides: dict[str, Any] = {**pop.PRESETS["demo"], "task": task, "group_size": 2, "model": args.model}
         cfg = pop.Config(**overrides)
         torch.manual_seed(args.seed)
@@ -229,7 +229,7 @@ def roles(args: argparse.Namespace) -> None:
         print(f"== {task}, rejected attempts: {dict(rejected)}", flush=True)
 
     def total(what: str) -> int:
-        return sum(counts[f"{task} {what}"] for task in ("general", "health", "writing"))
+        return sum(counts[f"{task} {what}"] for task in ("instructions", "health", "writing"))
 
     def share(name: str, part: int, whole: int) -> None:
         low, high = wilson(part, whole)

@@ -66,8 +66,8 @@ class Config:
     lora_r: int = 32
     lora_alpha: int = 64
 
-    task: Literal["general", "health", "writing"] = "general"
-    """The flavour of the prompts, and the corpus if none is named."""
+    task: Literal["instructions", "health", "writing"] = "instructions"
+    """What problems are about and how the roles are told so, and the corpus if none is named."""
     corpus: str = ""
     """samples, heldout, a file or folder (.txt .md .jsonl .parquet .csv) or a hub dataset; empty: the task's own."""
     corpus_config: str | None = None
@@ -79,13 +79,17 @@ class Config:
     max_words: int = 1024
     """Documents are cut to their first so many words (paper: 1,024)."""
 
-    steps: int = 200
-    documents: int = 4
-    """Documents of a step; each becomes one group."""
+    steps: int = 100
+    """1,600 documents, of which the paper takes 4,096."""
+    documents: int = 16
+    """Groups of a step, each from one document. Judge noise is large, so that fewer make a gradient of noise."""
+    oversample: float = 1.5
+    """So many times more documents are taken, and the groups whose rewards differ most are trained on: some are
+    rejected on the way, and a group without spread teaches nothing."""
     group_size: int = 8
-    """G, answers to each problem (paper: 32)."""
-    max_new_tokens: int = 768
-    """Length limit of an answer, in tokens."""
+    """G, answers to each problem (paper: 32; SCOPE: 8)."""
+    max_new_tokens: int = 1_024
+    """Length limit of an answer, in tokens; for writing 2,048."""
     temperature: float = 1.0
     """Of the solver, in sampling and in the log-probabilities alike."""
     proposer_temperature: float = 1.0
@@ -93,24 +97,34 @@ class Config:
     """Attempts at a problem before a document is dropped."""
     tries_at_once: int = 1
     """Attempts made side by side: wasteful where the first is nearly always good, faster where it is not."""
-    own_words: bool = False
-    """Hold problems and references to the document's words and the commonest of English, and let facts and the
-    openings of stories be sentences of the document: small models stray."""
-    problem_tokens: int = 192
-    reference_tokens: int = 384
+    crutches: bool = False
+    """Hold the roles to their formats while decoding, for models that cannot keep to one (crutches.py)."""
+    problem_tokens: int = 512
+    """Room for a problem: real ones have many lines."""
+    reference_tokens: int = 768
+    """Room for a reference answer; for writing 1,536."""
+    gate: bool = True
+    """Ask the base model, shown the problem alone, whether it says what it is about and can be answered: SCOPE without
+    such gates fell from 43.1 to 37.4."""
     rubric_answers: int = 6
-    """How many answers, spread over their lengths, the rubric writer sees (paper: about 10); 0: none."""
+    """How many answers, spread over their lengths, the rubric writer sees (paper: about 10, for writing 4); 0: none."""
     max_criteria: int = 5
-    criterion_tokens: int = 100
-    """Room for one criterion of the rubric: fact, name, description and weight with their labels."""
+    criterion_tokens: int = 250
+    """Room for one criterion of the rubric."""
+    check_rubric: bool = True
+    """Use a rubric only if by it the reference is better than the worst of the answers and an unrelated answer."""
     judge: Literal["generate", "each", "logits"] = "generate"
-    """generate: thoughts and ratings are written; each: in a call for each criterion; logits: expected ratings, read
+    """generate: evidence and ratings are written; each: in a call for each criterion; logits: expected ratings, read
     without decoding."""
+    rating_tokens: int = 150
+    """Room for the evidence and the rating of one criterion."""
     roles: Literal["base", "policy"] = "base"
     """Who proposes, writes rubrics and judges: the base model (adapters off) or the current policy."""
 
     episodes: str = ""
     """A file of recorded episodes (a run's episodes.jsonl): its problems and rubrics are taken, none are written."""
+    replay: Literal["problems", "answers"] = "problems"
+    """What is taken from recorded episodes. answers: their answers and ratings too, so that nothing is generated."""
     proposer_document: bool = True
     """Without it the proposer is given a word of the document, its topic, and no more."""
     rubric: Literal["written", "generic", "holistic"] = "written"
@@ -124,10 +138,10 @@ class Config:
     guards: bool = True
     """Without it a grade is the reward: no guard of those below."""
 
-    soft_length: float = 0.75
-    """The reward is full up to this share of max_new_tokens, then falls along a cosine."""
-    length_floor: float = 0.5
-    """What is left of the reward at max_new_tokens."""
+    soft_length: float = 0.5
+    """The reward is full up to this share of max_new_tokens, then falls along a cosine (SCOPE: 0.5)."""
+    length_floor: float = 0.1
+    """What is left of the reward at max_new_tokens (SCOPE: 0.05). An unfinished answer never has more."""
     guard_length: bool = True
     """The length penalty of the two fields above."""
     guard_judge_addressing: bool = True
@@ -152,6 +166,9 @@ class Config:
     clip_high: float = 0.28
     kl_coef: float = 1e-3
     """Weight of the k3 KL estimate against the model with adapters off; 0 saves a forward pass."""
+    kl_correction: bool = True
+    """Multiply k3 by the importance ratio, so that its gradient is that of the KL it estimates, KL(policy || base);
+    without, it is that of KL(base || policy)."""
     lr: float = 1e-5
     """Peak learning rate of AdamW: linear warm-up, then a cosine to 0. About 10x that of full fine-tuning."""
     warmup_steps: int = 10
@@ -218,6 +235,9 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
 
 
+# What a task needs besides, where the preset does not say it.
+TASKS: dict[str, dict[str, Any]] = {"writing": dict(max_new_tokens=2_048, reference_tokens=1_536, rubric_answers=4)}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(  # a real run in minutes on two CPU cores; a 135M model loses the thread at temperature 1
         model="smollm2",
@@ -225,18 +245,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_words=80,
         steps=4,
         documents=2,
+        oversample=1.0,
         group_size=4,
         max_new_tokens=64,
         temperature=0.7,
         proposer_temperature=0.4,
         tries_at_once=3,
-        own_words=True,
+        crutches=True,
+        gate=False,
+        check_rubric=False,
         problem_tokens=40,
         reference_tokens=56,
         rubric_answers=2,
         max_criteria=2,
         criterion_tokens=68,
         judge="logits",
+        rating_tokens=80,
+        soft_length=0.75,
+        length_floor=0.5,
         lr=1e-4,
         warmup_steps=1,
         dequantize="on",
@@ -251,7 +277,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Fits in fp32 too, for cards without bf16.
     "16gb": dict(rollout_tokens=8_192, update_tokens=1_536, rubric_answers=4),
     "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
-    "48gb": dict(documents=8, group_size=16, rollout_tokens=131_072, update_tokens=12_288),
+    "48gb": dict(group_size=16, rollout_tokens=131_072, update_tokens=12_288),
 }
 
 
@@ -260,6 +286,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="auto")
     first.add_argument("--resume", default="")
+    first.add_argument("--task", default="")
     given = first.parse_known_args(argv)[0]
     if given.resume:
         return parse_resumed(argv, Path(given.resume))
@@ -273,7 +300,7 @@ def parse_args(argv: Sequence[str]) -> Config:
             preset, why = pick_preset()
     if not helped:
         print(f"preset {preset}: {why}")
-    default = Config(**PRESETS.get(preset, {}), preset=preset)  # type: ignore[arg-type]
+    default = Config(**{**TASKS.get(given.task, {}), **PRESETS.get(preset, {}), "preset": preset})  # type: ignore[arg-type]
     return tyro.cli(Config, args=list(argv), default=default)
 
 

@@ -97,7 +97,7 @@ def plainly(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) 
 # of question, and a small model that is told how to begin goes on sensibly where it would otherwise talk about its
 # instructions, or answer a question by repeating it.
 OPENINGS = {
-    "general": [
+    "instructions": [
         ("Why does", "Because the"),
         ("Why did", "Because the"),
         ("Why was", "Because the"),
@@ -126,7 +126,7 @@ OPENINGS = {
 }
 
 PROBLEM = {
-    "general": """<document>
+    "instructions": """<document>
 {document}
 </document>
 
@@ -155,11 +155,11 @@ TELL = """<document>
 
 Use the names and details above. <problem>{problem}</problem>"""
 
-REFERENCE = {"general": EXPLAIN, "health": EXPLAIN, "writing": TELL}
+REFERENCE = {"instructions": EXPLAIN, "health": EXPLAIN, "writing": TELL}
 
 # With --no-proposer-document: a word of the document is all that the proposer knows of it.
 TOPIC_PROBLEM = {
-    "general": "Write one question about this topic: <topic>{topic}</topic>. Output only the question.",
+    "instructions": "Write one question about this topic: <topic>{topic}</topic>. Output only the question.",
     "health": "Write one question about health and this topic: <topic>{topic}</topic>. Output only the question.",
     "writing": "Ask for a story in one sentence, about this: <topic>{topic}</topic>",
 }
@@ -256,7 +256,7 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.
     """A problem and a reference answer from each document: the first of up to cfg.tries attempts that passes."""
     episodes = [Episode(document) for document in documents]
     openings = OPENINGS[cfg.task]
-    if cfg.own_words:  # a small model that may quote loses the thread without
+    if cfg.crutches:  # a small model that may quote loses the thread without
         openings = [pair for pair in openings if pair[0].endswith(":")] or openings
     for tried in range(0, cfg.tries, cfg.tries_at_once):
         n = min(cfg.tries_at_once, cfg.tries - tried)
@@ -345,7 +345,7 @@ def topic(document: str) -> str:
 def problem_line(opening: str, episode: Episode, cfg: "Config") -> Field:
     """After a colon, with --own-words, a sentence of the document; else free text."""
     document = seen_by_proposer(episode, cfg)
-    quotes = statements(document) if document and cfg.own_words and opening.endswith(":") else []
+    quotes = statements(document) if document and cfg.crutches and opening.endswith(":") else []
     if quotes:
         return Field(opening + " ", choices=tuple(quotes))
     return free_line(opening, cfg.problem_tokens, 4, episode, cfg)
@@ -358,7 +358,7 @@ def free_line(opening: str, max_tokens: int, min_tokens: int, episode: Episode, 
 
 def vocabulary(document: str | None, cfg: "Config") -> str:
     """With --own-words the document's words and the commonest English ones, else "": anything may be written."""
-    return f" {document} {COMMON_WORDS}" if cfg.own_words and document else ""
+    return f" {document} {COMMON_WORDS}" if cfg.crutches and document else ""
 
 
 SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[.!?][\"')\]])\s+")
@@ -573,7 +573,7 @@ def rubric_form(llm: LLM, episode: Episode, cfg: "Config") -> list[Field]:
     """
     document, room = seen_by_writer(episode, cfg), cfg.criterion_tokens - LABEL_TOKENS
     within = vocabulary(document, cfg)
-    quotes = statements(document) if document and cfg.own_words else []
+    quotes = statements(document) if document and cfg.crutches else []
     if quotes:
         asked, longest = content_words(episode.problem), room - max(len(llm.text_ids(text)) for text in DESCRIPTIONS)
         quotes = [s for s in quotes if content_words(s) - asked and len(llm.text_ids(s)) <= longest]

@@ -94,7 +94,7 @@ def test_without_its_document_the_proposer_knows_a_topic_word_alone():
     assert "<topic>tides</topic>" in prompts["propose"][0]
 
 
-@pytest.mark.parametrize("task", ["general", "health", "writing"])
+@pytest.mark.parametrize("task", ["instructions", "health", "writing"])
 def test_every_task_has_a_prompt_for_a_topic(task):
     prompts, _ = played(proposer_document=False, task=task)
     assert "tides" in prompts["propose"][0] and "fourteen" not in prompts["propose"][0]
@@ -114,12 +114,12 @@ def test_without_the_document_the_rubric_writer_sees_no_reference_either():
     assert PROBLEM in prompt and all(answer in prompt for answer in ANSWERS)
 
 
-def test_with_own_words_a_blind_rubric_writer_is_given_no_sentence_of_the_document():
-    llm, cfg = tiny_llm(), Config(own_words=True, rubric_document=False)
+def test_with_crutches_a_blind_rubric_writer_is_given_no_sentence_of_the_document():
+    llm, cfg = tiny_llm(), Config(crutches=True, rubric_document=False)
     form = rubric.rubric_form(llm, Episode(DOCUMENT, PROBLEM, REFERENCE), cfg)
     assert all("estuary" not in str(line) for line in form)
     assert any(
-        "estuary" in str(line) for line in rubric.rubric_form(llm, Episode(DOCUMENT, PROBLEM), Config(own_words=True))
+        "estuary" in str(line) for line in rubric.rubric_form(llm, Episode(DOCUMENT, PROBLEM), Config(crutches=True))
     )
 
 
@@ -413,7 +413,7 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
         return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, 0, {})
 
     for preset in ("24gb", "demo"):  # which differ in their judge and in the answers that the rubric writer sees
-        cfg = Config(**{**pop.PRESETS[preset], "preset": preset, "own_words": False, "tries": 1})
+        cfg = Config(**{**pop.PRESETS[preset], "preset": preset, "crutches": False, "tries": 1})
         assert measured(cfg) == measured(replace(cfg, **flags))
 
 

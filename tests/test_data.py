@@ -361,7 +361,7 @@ def test_a_broken_table_is_a_user_error_of_one_line_with_file_and_cause(tmp_path
         ({"min_words": 0}, "min words"),
         ({"min_words": 10, "max_words": 9}, "max words"),
         ({"seed": -1}, "seed"),
-        ({"task": "cooking"}, "general, health, writing"),
+        ({"task": "cooking"}, "instructions, health, writing"),
     ],
 )
 def test_a_bad_value_is_a_user_error(options, message):

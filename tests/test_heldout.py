@@ -79,7 +79,7 @@ def test_evaluations_may_draw_on_the_built_in_documents_of_all_tasks_the_held_ou
     found = list(heldout.candidates(Corpus("samples", task="health"), replace(CFG, task="health")))
     folders = [document.id.split("/")[1] for document in found]
     assert (set(folders[:12]), set(folders[12:32])) == ({"heldout"}, {"health"})
-    assert sorted(folders[32:]) == 20 * ["general"] + 20 * ["writing"]
+    assert sorted(folders[32:]) == 20 * ["instructions"] + 20 * ["writing"]
 
 
 def test_of_another_corpus_the_first_documents_are_set_aside(corpus):

@@ -99,7 +99,7 @@ def words_of(run, heading):
     ("heading", "lines"),
     [
         ("Model", ["smollm2, 4bit"]),
-        ("Documents", ["samples, task general"]),
+        ("Documents", ["samples, task instructions"]),
         ("Preset", ["demo", "lr 0.0003 instead of 0.0001"]),
         ("Steps", ["2 done of 4 planned"]),
         ("Reward", ["0.250 in the first step, 0.500 in the last"]),

@@ -193,7 +193,7 @@ def play(llm: LLM, **options) -> Play:
     return Play(episodes, [problem, reference], solver, writer, judge)
 
 
-everywhere = pytest.mark.parametrize("task", ["general", "health", "writing"])
+everywhere = pytest.mark.parametrize("task", ["instructions", "health", "writing"])
 both_judges = pytest.mark.parametrize("judge", ["generate", "logits"])
 
 
@@ -756,29 +756,29 @@ def test_statements_are_whole_sentences_of_five_words_or_cut_at_a_comma():
     ]
 
 
-def test_with_own_words_a_fact_is_a_statement_that_the_problem_does_not_give(llm):
+def test_with_crutches_a_fact_is_a_statement_that_the_problem_does_not_give(llm):
     asked = "Why is it that the ferry rests on Christmas Day?"
-    for own_words in (True, False):
+    for crutches in (True, False):
         e = Episode(FERRY, problem=asked)
-        facts = rubric.rubric_form(llm, e, Config(own_words=own_words, criterion_tokens=400, max_criteria=2))[::4]
+        facts = rubric.rubric_form(llm, e, Config(crutches=crutches, criterion_tokens=400, max_criteria=2))[::4]
         told = (
             "The ferry crosses the Tamar at Torpoint on three chains.",
             "Before the bridge of 1961, which was slow to come",
         )
-        assert [fact.choices for fact in facts] == 2 * [told if own_words else ()]
+        assert [fact.choices for fact in facts] == 2 * [told if crutches else ()]
 
 
 def test_a_statement_too_long_for_its_line_is_not_offered(llm):
     e = Episode(FERRY, problem="Why?")
-    (fact, *_) = rubric.rubric_form(llm, e, Config(own_words=True, criterion_tokens=28 + 2 * 30))  # a byte is a token
+    (fact, *_) = rubric.rubric_form(llm, e, Config(crutches=True, criterion_tokens=28 + 2 * 30))  # a byte is a token
     assert fact.choices == ("It rests on Christmas Day!",)
-    (fact, *_) = rubric.rubric_form(llm, e, Config(own_words=True, criterion_tokens=28 + 2 * 8))
+    (fact, *_) = rubric.rubric_form(llm, e, Config(crutches=True, criterion_tokens=28 + 2 * 8))
     assert fact.choices == () and FERRY.text in fact.within
 
 
-def test_with_own_words_an_opening_with_a_colon_goes_on_with_a_statement(llm):
+def test_with_crutches_an_opening_with_a_colon_goes_on_with_a_statement(llm):
     e = Episode(FERRY)
-    cfg = Config(own_words=True)
+    cfg = Config(crutches=True)
     assert rubric.problem_line("Begin:", e, cfg).choices == tuple(rubric.statements(FERRY.text))
     assert rubric.problem_line("Why", e, cfg).choices == ()
     assert rubric.problem_line("Begin:", e, Config()).choices == ()
