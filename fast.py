@@ -382,14 +382,17 @@ def decode(
     dtype: torch.dtype,
     progress: Callable[[int], Any],
     cuda_graph: bool = False,
+    first: Sequence[Any] = (),
     **_: Any,
 ) -> torch.Tensor:
     """The decoding loop of `generate(custom_generate=...)`: input_ids (B, P) with their continuations, padded.
 
     mask: (B, P), 0 on padding. The cache `reserved` holds all but the last token of input_ids and has room for what
     comes. Once a quarter of the rows is finished they leave the batch. dtype: of queries and keys. progress: called
-    with the tokens of each step. cuda_graph: steps are FixedSteps where enough are left.
+    with the tokens of each step. cuda_graph: steps are FixedSteps where enough are left. first: logits processors that
+    come before those that `generate` made.
     """
+    logits_processor = LogitsProcessorList([*first, *logits_processor])
     rows, prompt = input_ids.shape
     new, pad = generation_config.max_new_tokens, generation_config.pad_token_id
     ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)

@@ -1,4 +1,7 @@
-"""Forms that a model fills in while it decodes: labels are given, values are its own, the record is always complete."""
+"""Forms that a model fills in while it decodes: labels are given, values are its own, the record is always complete.
+
+And what is noted while it writes: how likely certain replies were at each token.
+"""
 
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
@@ -151,3 +154,40 @@ def _choose(choices: Sequence[list[int]], newline: int) -> Generator[Wanted, int
         choices = [ids for ids in choices if ids[len(written) : len(written) + 1] == [came]]
         written = [*written, came]
     return came, written
+
+
+# ----------------------------------------------------------------------------------------------------- replies
+
+
+class Watcher(LogitsProcessor):
+    """Notes how likely each of K replies was in the place of each token written. It changes nothing.
+
+    Put before all others, it sees the model's own logits. They stay on the device until the end: a GPU never waits.
+    """
+
+    def __init__(self, llm: "LLM", replies: Sequence[str], rows: int) -> None:
+        spellings = llm.reply_ids(replies)
+        self.ids = torch.tensor([i for ids in spellings for i in sorted(ids)], device=llm.device)  # (S,) of all replies
+        self.sizes = [len(ids) for ids in spellings]
+        self.rows = rows
+        self.present = list(range(rows))  # the rows still in the batch
+        self.steps: list[tuple[list[int], torch.Tensor]] = []  # rows and their logits, (B, S)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.present = [self.present[i] for i in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append((self.present, scores.index_select(1, self.ids)))  # a copy: the logits' memory is used again
+        return scores
+
+    def probs(self) -> list[list[list[float]]]:
+        """For each row and each token it took part in, the probabilities of the K replies among themselves."""
+        logits = torch.cat([logits for _, logits in self.steps]).cpu()  # (steps x rows, S)
+        parts = logits.double().softmax(-1).split(self.sizes, dim=-1)
+        probs = torch.stack([part.sum(-1) for part in parts], dim=-1).tolist()  # (steps x rows, K)
+        result: list[list[list[float]]] = [[] for _ in range(self.rows)]
+        numbers = [row for present, _ in self.steps for row in present]
+        for row, of_token in zip(numbers, probs, strict=True):
+            result[row].append(of_token)
+        return result

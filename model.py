@@ -39,7 +39,7 @@ from transformers import (
 import fast
 from data import UserError
 from fast import batches, positions
-from forms import Field, FormFiller
+from forms import Field, FormFiller, Watcher
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,11 +74,16 @@ MASKED = {"cpu": 1.0, "cuda": 4.0}
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated continuation. `ids` run up to and including the first end token, if one was reached."""
+    """One generated continuation. `ids` run up to and including the first end token, if one was reached.
+
+    `watched`: for each of `ids`, the probabilities that the replies `generate` was to watch had in its place, among
+    themselves; empty if it was to watch none.
+    """
 
     ids: list[int]
     text: str
     finished: bool  # False: cut off at max_new_tokens
+    watched: list[list[float]] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -494,6 +499,21 @@ class LLM:
             raise ValueError(f"choices {choices} do not differ in the token after {label!r}")
         return label_ids, following
 
+    def reply_ids(self, replies: Sequence[str]) -> list[set[int]]:
+        """The tokens that each reply, such as a digit, is written with: `2` alone and with a space before it.
+
+        Raises ValueError if a reply is no single token.
+        """
+        found = []
+        for reply in replies:
+            written = (self.text_ids(reply), self.text_ids(" " + reply))
+            # Some tokenizers have no token with the space, some put one of their own before a text's first word.
+            alone = {ids[-1] for ids in written if ids and not self.decode(ids[:-1]).strip()}
+            found.append({token for token in alone if self.decode([token]).strip() == reply})
+            if not found[-1]:
+                raise ValueError(f"the reply {reply!r} is no single token of this model")
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -508,13 +528,16 @@ class LLM:
         temperature: float,
         forms: Sequence[Sequence[Field]] | None = None,
         banned: Sequence[str] = (),
+        watch: Sequence[str] = (),
         desc: str = "generate",
     ) -> list[list[Completion]]:
         """`n` completions of each prompt, sampled from softmax(logits / temperature); temperature 0 is greedy.
 
         Always in eval mode (in training mode the key-value cache is silently dropped). Each prompt is prefilled once
         for its n completions. With `forms`, one for each completion in order, they fill them in; `banned` words are
-        never written. Raises UserError if a prompt and max_new_tokens exceed the model's context.
+        never written. With `watch`, replies of one token each, completions tell how likely these were in the place of
+        each token: from the model's own logits, whatever the temperature, forms or banned words make of them.
+        Raises UserError if a prompt and max_new_tokens exceed the model's context.
         """
         self.model.eval()
         for prompt in prompts:
@@ -534,10 +557,11 @@ class LLM:
                     temperature,
                     [forms[i] for i in batch] if forms else None,
                     banned,
+                    watch,
                     bar.update,
                 )
                 bar.update(already + len(batch) * max_new_tokens - bar.n)
-                done |= {i: self._cut(ids) for i, ids in zip(batch, written, strict=True)}
+                done |= dict(zip(batch, written, strict=True))
         return [[done[i * n + k] for k in range(n)] for i in range(len(prompts))]
 
     @torch.no_grad()
@@ -548,8 +572,9 @@ class LLM:
         temperature: float,
         forms: list[Sequence[Field]] | None,
         banned: Sequence[str],
+        watch: Sequence[str],
         progress: Callable[[int], Any],
-    ) -> list[list[int]]:
+    ) -> list[Completion]:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:  # every setting that bends the distribution is named, or a default could leak in
             sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -562,8 +587,15 @@ class LLM:
         )
         processors = LogitsProcessorList([FormFiller(self, forms)] if forms else [])
         ids, mask, cache = self._prefill(rows, max_new_tokens)
+        watcher = Watcher(self, watch, len(rows)) if watch else None
         loop = functools.partial(
-            fast.decode, mask=mask, reserved=cache, dtype=self.dtype, progress=progress, cuda_graph=self.cuda_graph
+            fast.decode,
+            mask=mask,
+            reserved=cache,
+            dtype=self.dtype,
+            progress=progress,
+            cuda_graph=self.cuda_graph,
+            first=[watcher] if watcher else [],
         )
         output = self.model.generate(
             input_ids=ids,
@@ -572,7 +604,9 @@ class LLM:
             logits_processor=processors,
             custom_generate=loop,
         )
-        return output[:, ids.shape[1] :].tolist()
+        written = output[:, ids.shape[1] :].tolist()
+        watched = watcher.probs() if watcher else [[]] * len(rows)
+        return [self._cut(*pair) for pair in zip(written, watched, strict=True)]
 
     @torch.no_grad()
     def _prefill(self, rows: Sequence[list[int]], new: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -640,11 +674,12 @@ class LLM:
                 mask[i, span] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def _cut(self, ids: list[int]) -> Completion:
+    def _cut(self, ids: list[int], watched: Sequence[list[float]] = ()) -> Completion:
         """Cut after the first end token, found by its position: the pad id is often the end id too."""
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         kept = ids if end is None else ids[: end + 1]
-        return Completion(kept, self.decode(kept).strip(), finished=end is not None)
+        text = self.decode(kept).strip()
+        return Completion(kept, text, finished=end is not None, watched=list(watched[: len(kept)]))
 
     def check_length(self, tokens: int) -> None:
         if tokens > self.context:

@@ -100,6 +100,18 @@ def test_forms(temperature, cuda_graph):
     assert max(map(len, here)) > 30 > min(map(len, here))
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_watched_replies(cuda_graph):
+    def work(llm):
+        llm.cuda_graph = cuda_graph
+        groups = llm.generate(PROMPTS, n=4, max_new_tokens=60, temperature=1.5, watch=("0", "1", "2"))
+        return written(groups), [probs for group in groups for c in group for probs in c.watched]
+
+    (ids, there), (others, here) = on_both(work)
+    assert ids == others and len(there) == sum(map(len, ids))
+    torch.testing.assert_close(torch.tensor(there), torch.tensor(here), rtol=1e-4, atol=1e-5)
+
+
 def test_banned_words():
     there, here = on_both(
         lambda llm: written(
@@ -200,7 +212,7 @@ def test_weights_in_4_bits(folder, dequantize):
 # ------------------------------------------------------------------------------------------------ cost of a step
 
 
-def step_of(rows: int, forms: bool, cuda_graph: bool) -> dict[str, Counter[str]]:
+def step_of(rows: int, forms: bool, cuda_graph: bool, watch: tuple[str, ...] = ()) -> dict[str, Counter[str]]:
     """What one decoding step asks of the device: what 24 steps do beyond 8, where no row ends."""
     llm = fakedevice.move(tiny_llm())
     llm.cuda_graph = cuda_graph
@@ -212,7 +224,7 @@ def step_of(rows: int, forms: bool, cuda_graph: bool) -> dict[str, Counter[str]]
     for new in (8, 24):
         with fakedevice.counted() as counts:
             filled = [endless[i % 2] for i in range(rows)] if forms else None
-            ids = written(llm.generate(prompts, max_new_tokens=new, temperature=1.0, forms=filled))
+            ids = written(llm.generate(prompts, max_new_tokens=new, temperature=1.0, forms=filled, watch=watch))
         assert [len(row) for row in ids] == [new] * rows
         totals.append(vars(counts))
     few, many = totals
@@ -225,6 +237,12 @@ def test_a_decoding_step_costs_the_same_for_any_number_of_rows(forms, cuda_graph
     step = step_of(4, forms, cuda_graph)
     assert step["syncs"].total() <= 3 and step["uploads"].total() <= 4, step
     assert step_of(32, forms, cuda_graph) == step
+
+
+def test_to_watch_replies_takes_one_more_kernel_a_step_and_no_waiting():
+    usual, watching = (step_of(4, forms=False, cuda_graph=False, watch=watch) for watch in ((), ("0", "1", "2")))
+    assert watching["syncs"] == usual["syncs"] and watching["uploads"] == usual["uploads"]
+    assert watching["launches"] - usual["launches"] == Counter({"index_select": 1})
 
 
 @torch.no_grad()

@@ -285,6 +285,67 @@ def test_banned_words_are_never_written(llm):
     assert word not in with_ban and word.capitalize() not in with_ban
 
 
+# ---------------------------------------------------------------------------------------------- replies watched
+
+REPLIES = ("0", "1", "2")
+
+
+def reply_probs(llm, prompt: list[int], ids: list[int], spellings: list[set[int]]) -> torch.Tensor:
+    """Of each reply in the place of each of `ids`, by a pass over prompt and completion as a whole, in float64."""
+    model = copy.deepcopy(llm.model).double()
+    with torch.no_grad():
+        probs = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+    replies = torch.stack([probs[:, sorted(tokens)].sum(-1) for tokens in spellings], dim=-1)
+    return replies / replies.sum(-1, keepdim=True)
+
+
+def check_watched(llm, groups: list[list[Completion]], spellings: list[set[int]]) -> None:
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            expected = reply_probs(llm, prompt, completion.ids, spellings)
+            torch.testing.assert_close(torch.tensor(completion.watched).double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("token_budget", [250, 10**6])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_watched_replies_have_the_probabilities_of_a_pass_over_the_whole_text(temperature, token_budget, cuda_graph):
+    llm = tiny_llm(token_budget=token_budget, cuda_graph=cuda_graph)
+    options = dict(n=3, max_new_tokens=60, temperature=temperature)
+    torch.manual_seed(0)
+    groups = llm.generate(PROMPTS, watch=REPLIES, **options)
+    assert len({len(completion.ids) for group in groups for completion in group}) > 2  # rows left the batch
+    check_watched(llm, groups, [{llm.text_ids(reply)[0]} for reply in REPLIES])
+    torch.manual_seed(0)
+    without = llm.generate(PROMPTS, **options)
+    assert [[c.ids for c in group] for group in groups] == [[c.ids for c in group] for group in without]
+    assert all(completion.watched == [] for group in without for completion in group)
+
+
+def spaced_llm() -> LLM:
+    """Its tokenizer has tokens for `0` and `1` with a space before them, none for `2`."""
+    tokenizer = byte_tokenizer(merges=(("Ġ", "0"), ("Ġ", "1")))
+    return LLM(get_peft_model(tiny_model(len(tokenizer)), LoraConfig(target_modules="all-linear")), tokenizer)
+
+
+def test_the_spellings_of_a_reply_are_its_tokens_with_and_without_a_space():
+    llm = spaced_llm()
+    spelled = [{llm.decode([token]) for token in tokens} for tokens in llm.reply_ids(REPLIES)]
+    assert spelled == [{"0", " 0"}, {"1", " 1"}, {"2"}]
+    with pytest.raises(ValueError, match="'12' is no single token"):
+        llm.reply_ids(["1", "12"])
+
+
+def test_watched_replies_count_all_their_spellings_whatever_may_be_written():
+    llm = spaced_llm()
+    zero, one = (llm.tokenizer.convert_tokens_to_ids(["0", "1"]), llm.tokenizer.convert_tokens_to_ids(["Ġ0", "Ġ1"]))
+    spellings = [{*pair} for pair in zip(zero, one, strict=True)] + [set(llm.text_ids("2"))]
+    form = [Field("Rating: ", choices=("0", "2")), Field("why: ", max_tokens=9)]
+    for options in ({"banned": ["0"]}, {"forms": [form] * len(PROMPTS)}):
+        groups = llm.generate(PROMPTS, max_new_tokens=30, temperature=0.7, watch=REPLIES, **options)
+        check_watched(llm, groups, spellings)
+
+
 # ------------------------------------------------------------------------------------------------------ forms
 
 
