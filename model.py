@@ -4,6 +4,7 @@ Shape letters: B rows, P prompt tokens, C completion tokens, T = P + C, G answer
 N completion tokens of a whole batch, D hidden size, V vocabulary.
 """
 
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -500,22 +501,32 @@ class LLM:
         return label_ids, following
 
     def reply_ids(self, replies: Sequence[str]) -> list[set[int]]:
-        """The tokens that each reply, such as a digit, is written with: `2` alone and with a space before it.
+        """The tokens that each reply, such as a digit, is written with: `2` by itself, and `2` with a space before it.
 
         Raises ValueError if a reply is no single token.
         """
         found = []
         for reply in replies:
-            written = (self.text_ids(reply), self.text_ids(" " + reply))
-            # Some tokenizers have no token with the space, some put one of their own before a text's first word.
-            alone = {ids[-1] for ids in written if ids and not self.decode(ids[:-1]).strip()}
-            found.append({token for token in alone if self.decode([token]).strip() == reply})
+            # Some tokenizers have no token with the space, others put a space before whatever begins a text.
+            written = [self.text_ids(before + reply) for before in ("", " ", "\n")]
+            found.append({token for ids in written for token in ids[-1:] if self.decode([token]).strip() == reply})
             if not found[-1]:
                 raise ValueError(f"the reply {reply!r} is no single token of this model")
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_at(self, completion: Completion, character: int) -> int:
+        """Which of a completion's tokens wrote a character of its text; of several tokens for one, the last.
+
+        Beginnings are decoded, as tokens by themselves may be parts of a character, or decode without their space. To
+        halve the range each time keeps it cheap: about ten of them for a thousand tokens.
+        """
+        text = self.decode(completion.ids)
+        wanted = text[: len(text) - len(text.lstrip()) + character + 1]  # completion.text is stripped
+        counts = range(1, len(completion.ids) + 1)
+        return bisect.bisect_left(counts, True, key=lambda n: self.decode(completion.ids[:n]).startswith(wanted))
 
     # ---- generation
 

