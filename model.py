@@ -319,6 +319,7 @@ class LLM:
         eos = [eos] if isinstance(eos, int) else list(eos or [])
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in eos:
             eos.append(self.tokenizer.eos_token_id)
+        eos += [token for token in self._turn_end() if token not in eos]
         if not eos:
             raise UserError("the model names no end token: set eos_token_id in its generation_config.json")
         self.eos_ids = eos
@@ -345,6 +346,26 @@ class LLM:
         with exact_or_refused(base.config.model_type):
             self._check_layers()
             self._check_exact()
+
+    def _turn_end(self) -> list[int]:
+        """The special token that the chat template puts right after what an assistant says, or none.
+
+        Base models may name another end, that of a document, while their template ends turns like the chat model's.
+        """
+        if self.tokenizer.chat_template is None:
+            return []
+        said = "Quokkas"
+        turns = [{"role": "user", "content": "Who smiles?"}, {"role": "assistant", "content": said}]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # a template may refuse what it likes, by any error; it need not know assistants' turns here
+            return []
+        _, found, after = text.rpartition(said)
+        ids = self.tokenizer(after, add_special_tokens=False).input_ids[:1] if found else []
+        token = "".join(self.tokenizer.convert_ids_to_tokens(ids))
+        special = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
+        # Line ends can be added tokens too; and an unknown word becomes a special token that the template never wrote.
+        return ids if token in special and token.strip() and after.startswith(token.strip()) else []
 
     @property
     def device(self) -> torch.device:

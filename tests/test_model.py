@@ -405,6 +405,68 @@ def test_replies_of_a_tokenizer_that_puts_a_space_first():
     assert at == [2, 3, 3, 4, 10, 10, 11, 12, 13, 14]
 
 
+# ------------------------------------------------------------------------------------------------- end of a turn
+
+
+def ending_llm(template: str | None, *, merges: tuple = (), more: tuple[str, ...] = ()) -> LLM:
+    """The end that model and tokenizer name is <|stop|>, a document's; `template` has its own."""
+    tokenizer = byte_tokenizer(merges)
+    tokenizer.add_tokens(list(more))
+    tokenizer.eos_token = tokenizer.pad_token = "<|stop|>"
+    tokenizer.chat_template = template
+    model = tiny_model(len(tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=STOP)
+    return LLM(get_peft_model(model, LoraConfig(target_modules="all-linear")), tokenizer)
+
+
+TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}AFTER{% endfor %}"
+
+
+@pytest.mark.parametrize("after", ["<|end|>", "<|end|>\n", "<|end|><|stop|>", "<|end|>\n<|start|>assistant\n"])
+def test_a_turn_of_the_chat_template_ends_with_a_token_that_ends_completions_too(after):
+    llm = ending_llm(TURNS.replace("AFTER", after))
+    assert llm.eos_ids == [STOP, END] and llm.pad_id == STOP
+    torch.manual_seed(0)
+    endings: Counter[int | None] = Counter()
+    for completion in llm.generate([PROMPTS[0]], n=200, max_new_tokens=60, temperature=1.5)[0]:
+        *before, last = completion.ids
+        assert not {END, STOP} & set(before) and completion.finished == (last in (END, STOP))
+        assert completion.finished or len(completion.ids) == 60
+        endings[last if completion.finished else None] += 1
+    assert min(endings[END], endings[STOP]) > 5
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        TURNS.replace("AFTER", ""),
+        TURNS.replace("AFTER", "\n"),
+        TURNS.replace("AFTER", "\n<|end|>"),
+        TURNS.replace("AFTER", "over<|end|>"),
+        TURNS.replace("AFTER", "<|stop|>"),
+        TURNS.replace("AFTER", "{{ raise_exception('No.') }}"),
+        TURNS.replace("AFTER", "{{ m.nothing.at_all }}"),
+        "{% for m in messages %}<|start|>{{ m.content | upper }}<|end|>{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|end|>{% endif %}{% endfor %}",
+    ],
+)
+def test_what_is_no_token_right_after_a_turn_ends_nothing(template):
+    assert ending_llm(template).eos_ids == [STOP]
+
+
+def test_added_line_ends_and_unknown_words_end_nothing():
+    assert ending_llm(TURNS.replace("AFTER", "\n\n"), more=("\n\n",)).eos_ids == [STOP]
+    assert ending_llm(TURNS.replace("AFTER", "</turn>"), more=("</turn>",)).eos_ids == [STOP, 259]
+    tokenizer = sentencepiece_tokenizer(byte_fallback=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.chat_template = TURNS.replace("AFTER", "zz")
+    assert tokenizer("zz").input_ids[:1] == [tokenizer.unk_token_id]
+    model = tiny_model(len(tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=1)
+    assert LLM(get_peft_model(model, LoraConfig(target_modules="all-linear")), tokenizer).eos_ids == [1]
+
+
 # ------------------------------------------------------------------------------------------------------ forms
 
 
@@ -928,7 +990,7 @@ def test_a_model_without_an_end_token_is_refused():
     model = get_peft_model(tiny_model(259), LoraConfig(target_modules="all-linear"))
     model.get_base_model().generation_config.eos_token_id = None
     tokenizer = byte_tokenizer()
-    tokenizer.eos_token = None
+    tokenizer.eos_token = tokenizer.chat_template = None
     with pytest.raises(UserError, match="no end token"):
         LLM(model, tokenizer)
 
