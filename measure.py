@@ -9,30 +9,27 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import islice
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import fast
-import heldout
 import model
 import plan
 import pop
 import rubric
-from data import Corpus, Document, UserError
+from data import HUB_CORPORA, Corpus, Document, UserError
 from plan import GIB, Batch, PeakMemory, Shapes
 from rubric import Criterion, Episode
 
 T = TypeVar("T")
-
-WRONG = 3  # other documents' references that a reference is held against
 
 # --------------------------------------------------------------------------------------------------- full-size
 
@@ -43,7 +40,7 @@ RUBRIC = [
 ]
 
 
-def full_size(args: argparse.Namespace) -> None:
+def full_size(args: argparse.Namespace, _: Sequence[str] = ()) -> None:
     """A model's shapes with random weights, in 4 bits through solve, judge and update: predicted and measured."""
     if args.model not in plan.KNOWN:  # its own weights
         compare(args.model, plan.shapes_of(args.model), args)
@@ -194,81 +191,98 @@ def checkpoint_shards(shapes: Shapes, layers_a_shard: int = 4) -> Iterator[dict[
 # ------------------------------------------------------------------------------------------------------- roles
 
 
-def roles(args: argparse.Namespace) -> None:
-    """How often each role's output is usable, and whether the judge tells a reference from a wrong one."""
-    llm = model.load(args.model, token_budget=16_384, dequantize=True)
-    done: list[Episode] = []
-    preferred: list[float] = []
-    counts: Counter[str] = Counter()
-    for task in ("instructions", "health", "writing"):
-        overrides: dict[str, Any] = {**pop.PRESETS["demo"], "task": task, "group_size": 2, "model": args.model}
-        cfg = pop.Config(**overrides)
-        torch.manual_seed(args.seed)
-        corpus = Corpus("samples", task=task, max_words=cfg.max_words, seed=args.seed)
-        documents = list(islice(corpus.epoch(0), args.documents))
-        episodes = rubric.propose(llm, documents, cfg, random.Random(args.seed))
-        rubric.solve(llm, pop.alive(episodes), cfg)
-        asked = pop.alive(episodes)
-        rubric.write_rubrics(llm, asked, cfg)
-        kept = pop.alive(asked)
-        counts.update(
-            {f"{task} documents": len(documents), f"{task} proposed": len(asked), f"{task} rubrics": len(kept)}
-        )
-        for e in kept:
-            e.answers = e.answers[:1]  # one is enough for the judge's yield
-        for mode in ("generate", "logits"):
-            for e in kept:
-                e.answers[0].ratings = None
-            rubric.judge(llm, kept, replace(cfg, judge=mode))
-            counts[f"{task} {mode}"] = sum(e.answers[0].ratings is not None for e in kept)
-        for e in kept:
-            print(described(e), end="\n\n", flush=True)
-        done += kept
-        preferred += wrong_references(llm, kept)
-        rejected = Counter(f"{f['role']}: {f['reason']}" for e in episodes for f in e.failures)
-        print(f"== {task}, rejected attempts: {dict(rejected)}", flush=True)
-
-    def total(what: str) -> int:
-        return sum(counts[f"{task} {what}"] for task in ("instructions", "health", "writing"))
-
-    def share(name: str, part: int, whole: int) -> None:
-        low, high = wilson(part, whole)
-        print(f"{name:34} {part:>4} of {whole:<4} {part / whole:7.1%}  (95%: {low:.0%} to {high:.0%})")
-
-    share("proposer, after retries", total("proposed"), total("documents"))
-    share("rubric writer", total("rubrics"), total("proposed"))
-    share("judge generate, after the retry", total("generate"), total("rubrics"))
-    share("judge logits", total("logits"), total("rubrics"))
-    print(f"criteria of a rubric, median       {statistics.median(len(e.rubric) for e in done):g}")
-    sense = heldout.interval(preferred)
-    print(f"reference above {WRONG} others, of {len(preferred)} problems {sense['mean']:11.1%}", end="")
-    print(f"  (95%: {sense['low']:.0%} to {sense['high']:.0%})")
+def roles(args: argparse.Namespace, flags: Sequence[str]) -> None:
+    """What each role writes with a preset's settings, how much of it is usable, and every text of it in a file."""
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    base = pop.parse_args(["--preset", args.preset, "--model", args.model, *flags])
+    llm = model.load(
+        base.model, load_in=base.load_in, token_budget=base.rollout_tokens, dequantize=base.dequantize != "off"
+    )
+    for task in args.tasks:
+        cfg = pop.parse_args(["--preset", args.preset, "--model", args.model, "--task", task, *flags])
+        torch.manual_seed(cfg.seed)
+        corpus = Corpus(cfg.corpus or "samples", task=task, max_words=cfg.max_words, seed=cfg.seed)
+        start = time.perf_counter()
+        episodes = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg)
+        path = out / f"{task}.jsonl"
+        path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes), encoding="utf-8")
+        print(f"\n== {task}: {len(episodes)} documents, {since(start)}; all texts in {path}")
+        for name, value in numbers(episodes).items():
+            print(f"{name:46} {value}", flush=True)
 
 
-def wrong_references(llm: model.LLM, episodes: list[Episode]) -> list[float]:
-    """Grade each reference, and those of WRONG other documents, as answers to the same problem (judge: logits).
-
-    Returns for each episode the share of the others that its own reference is graded above.
-    """
-    pairs = []
-    for i, e in enumerate(episodes):
-        others = [episodes[(i + k) % len(episodes)] for k in range(1, WRONG + 1)]
-        pairs.append([(e, rubric.Answer(other.reference)) for other in [e, *others]])
-    with llm.adapters_off():
-        rubric.judge_by_logits(llm, [pair for group in pairs for pair in group], pop.Config())
-    shares = []
-    for group in pairs:
-        right, *wrong = [rubric.grade(answer.ratings or [], e.rubric) for e, answer in group]
-        shares.append(statistics.fmean(right > grade for grade in wrong))
-    return shares
+def play(llm: model.LLM, documents: list[Document], cfg: pop.Config) -> list[Episode]:
+    """A step of the self-play, with the reference and another document's reference judged beside the answers."""
+    episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
+    rubric.solve(llm, pop.alive(episodes), cfg)
+    rubric.write_rubrics(llm, pop.alive(episodes), cfg)
+    rubric.judge(llm, pop.alive(episodes), cfg)
+    rubric.check_rubrics(llm, pop.alive(episodes), cfg)
+    pop.grade(pop.alive(episodes), cfg)
+    return episodes
 
 
-def described(episode: Episode) -> str:
-    lines = [f"{episode.document.id}", f"problem    {episode.problem}", f"reference  {episode.reference}"]
-    lines += [f"criterion  [{c.weight:g}] {c.name}: {c.description} (gold: {c.gold})" for c in episode.rubric]
-    for a in episode.answers:
-        lines.append(f"answer     {[round(r, 2) for r in a.ratings or []]} {' '.join(a.text.split())[:200]}")
-    return "\n".join("    " + line for line in lines)
+def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
+    """The figures of one task, from what was written down."""
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for e in episodes:
+        for failure in e.failures:
+            reasons[failure["role"]][failure["reason"]] += 1
+    proposed = [e for e in episodes if e.reference]
+    with_rubric = [e for e in proposed if not (e.drop or "").startswith("rubric/")]
+    first = [e for e in proposed if not any(f["role"] == "proposer" for f in e.failures)]
+    gated = sum(n for reason, n in reasons["proposer"].items() if reason.startswith("gate"))
+    reached = gated + len(proposed) + sum(n for why, n in reasons["proposer"].items() if why.startswith("reference"))
+    criteria = [(e, c) for e in with_rubric for c in e.rubric]
+    golds = [(e, c) for e, c in criteria if c.gold != rubric.NO_GOLD]
+    found = [rubric.content_words(c.gold) <= rubric.content_words(e.document.text) for e, c in golds]
+    named = [
+        len(rubric.content_words(f"{c.name} {c.description} {c.gold}") & rubric.content_words(e.problem)) > 1
+        for e, c in criteria
+    ]
+    judged = [e for e in with_rubric if e.answers]
+    grades = [[a.grade for a in e.answers if a.grade is not None] for e in judged]
+    pairs = [abs(a - b) for each in grades for a, b in combinations(each, 2)]
+    digits = [abs(a - b) for e in judged for a, b in combinations([rounded(a, e) for a in e.answers if a.ratings], 2)]
+    unread = sum(n for n in reasons["judge"].values())
+    asked = sum(len(e.answers) + len(e.controls) for e in judged)
+    above = [
+        own > other
+        for e in judged
+        for own, other in [[a.ratings and rubric.grade(a.ratings, e.rubric) for a in e.controls]]
+        if own is not None and other is not None
+    ]
+    spread = [statistics.pstdev(each) for each in grades if len(each) > 1]
+    return {
+        "proposals accepted at the first try": share(len(first), len(episodes)),
+        "proposals accepted after all tries": share(len(proposed), len(episodes)),
+        "of the problems that came to the gate, passed": share(reached - gated, reached),
+        "proposals rejected": str(dict(reasons["proposer"])),
+        "rubrics accepted": share(len(with_rubric), len(proposed)),
+        "rubrics rejected": str(dict(reasons["rubric"])),
+        "criteria of a rubric, mean": f"{len(criteria) / max(1, len(with_rubric)):.1f}",
+        "criteria that name things of the problem": share(sum(named), len(named)),
+        "criteria with a gold answer": share(len(golds), len(criteria)),
+        "golds that are found in the document": share(sum(found), len(found)),
+        "judge's replies read at the first try": share(asked - unread, asked),
+        "pairs of answers with one grade": share(sum(gap < 1e-3 for gap in pairs), len(pairs)),
+        "the same, were ratings whole numbers": share(sum(gap < 1e-3 for gap in digits), len(digits)),
+        "groups with spread": share(sum(s > pop.ZERO_SPREAD for s in spread), len(judged)),
+        "spread within a group, mean": f"{statistics.fmean(spread):.3f}" if spread else "-",
+        "reference above another document's": share(sum(above), len(above)),
+    }
+
+
+def rounded(answer: rubric.Answer, episode: Episode) -> float:
+    return rubric.grade([round(rating) for rating in answer.ratings or []], episode.rubric)
+
+
+def share(part: int, whole: int) -> str:
+    if not whole:
+        return "-"
+    low, high = wilson(part, whole)
+    return f"{part} of {whole}, {part / whole:.0%} (95%: {low:.0%} to {high:.0%})"
 
 
 def wilson(part: int, whole: int, z: float = 1.96) -> tuple[float, float]:
@@ -295,14 +309,18 @@ def main() -> None:
     command.add_argument("--folder", help="where to write the checkpoint (15 GB); default: the temporary folder")
     command.add_argument("--keep", action="store_true", help="do not delete the checkpoint")
     command.set_defaults(run=full_size)
-    command = commands.add_parser("roles", help=roles.__doc__)
-    command.add_argument("--documents", type=int, default=20, help="of each task's samples")
-    command.add_argument("--model", default="smollm2")
-    command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("roles", help=roles.__doc__, epilog="Further flags are those of pop.py.")
+    command.add_argument("--model", default="Qwen/Qwen2.5-7B-Instruct")
+    command.add_argument("--preset", default="24gb", help="whose settings to take")
+    command.add_argument("--documents", type=int, default=12, help="of each task's samples, or of --corpus")
+    command.add_argument("--tasks", nargs="+", default=list(HUB_CORPORA), choices=list(HUB_CORPORA))
+    command.add_argument("--output", default="roles", help="folder for the texts")
     command.set_defaults(run=roles)
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    if flags and args.run is not roles:
+        parser.error(f"unknown: {' '.join(flags)}")
     try:
-        args.run(args)
+        args.run(args, flags)
     except UserError as error:
         sys.exit(f"error: {error}")
 

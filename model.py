@@ -319,7 +319,8 @@ class LLM:
         eos = [eos] if isinstance(eos, int) else list(eos or [])
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in eos:
             eos.append(self.tokenizer.eos_token_id)
-        eos += [token for token in self._turn_end() if token not in eos]
+        turn_end = self._turn_end()  # first: what we write for a finished answer ends as the template would end it
+        eos = turn_end + [token for token in eos if token not in turn_end]
         if not eos:
             raise UserError("the model names no end token: set eos_token_id in its generation_config.json")
         self.eos_ids = eos

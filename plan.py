@@ -22,7 +22,6 @@ from transformers import AutoConfig
 from data import UserError
 from fast import batches
 from model import LOGITS_CHUNK_BYTES, READ_TOKENS, Device, check_hub, pick_device, resolve
-from rubric import RATING_TOKENS
 
 if TYPE_CHECKING:
     from pop import Config
@@ -295,7 +294,7 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
         ),
         "solve": largest(cfg.documents, asked, cfg.max_new_tokens, n=cfg.group_size),
         "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
-        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, RATING_TOKENS * cfg.max_criteria)
+        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, cfg.rating_tokens * cfg.max_criteria)
         if cfg.judge != "logits"
         else Batch(
             min(answers * cfg.max_criteria, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
