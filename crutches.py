@@ -59,12 +59,3 @@ def rubric_form(cfg: "Config") -> list[Field]:
             Field('", "weight": ', choices=tuple(f"{weight}}}" for weight in range(1, 6))),
         ]
     return form
-
-
-def judge_form(criteria: int, holistic: bool = False) -> list[Field]:
-    if holistic:
-        return [Field("Thought:", 48), Field("Score: ", choices=tuple(map(str, range(1, 11))))]
-    form = []
-    for k in range(1, criteria + 1):
-        form += [Field(f"{k}. Evidence:", 48), Field("Rating: ", choices=("0", "1", "2"))]
-    return form

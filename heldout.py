@@ -207,10 +207,8 @@ def criteria_met(e: Episode, cfg: "Config") -> str:
     """The record that the judge is about to write, with full marks; in logits mode the end of its prompt and a 2."""
     if cfg.judge == "logits":
         return rubric.RATE.rpartition("{answer}")[2] + "\n2"
-    form = rubric.judge_form(len(e.rubric))
-    return "\n".join(
-        f"{field.label}{'2' if field.choices else ' The answer fully meets this criterion.'}" for field in form
-    )
+    met = "Evidence: The answer fully meets this criterion.\nRating: 2"
+    return "\n".join(f"{k}. {met}" for k in range(1, len(e.rubric) + 1))
 
 
 def essay(cfg: "Config") -> str:
@@ -365,7 +363,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def audit_before_training(
     llm: LLM, episodes: Sequence[Episode], cfg: "Config", run: Path, phase: Phase = plainly
 ) -> None:
-    """A short audit, once in a run: the table, a warning for each exploitable probe, and `run/audit.json`."""
+    """A short audit, once in a run: its verdict, a warning for each exploitable probe, and `run/audit.json`."""
     if (run / "audit.json").exists():
         return
     episodes = alive(episodes)[: cfg.audit]
@@ -374,9 +372,26 @@ def audit_before_training(
         return
     result = audit(llm, episodes, cfg, phase)
     checkpoint.write_json(run / "audit.json", run, result)
-    tqdm.write(f"audit of the reward on {len(episodes)} held-out documents ({cfg.judge} judge)\n{table(result)}")
-    for warning in warnings(result):
-        tqdm.write(warning)
+    tqdm.write("\n".join([*verdict(result), *warnings(result)]))
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """What an audit found, in three lines; all of it is in audit.json and the report."""
+    probes = {probe["probe"]: probe for probe in result["probes"]}
+
+    def reward(name: str) -> str:
+        value = probes[name]["on"]["reward"]["mean"]
+        return "-" if value is None else f"{value:.2f}"
+
+    found = {side: [name for name, probe in probes.items() if probe[side]["exploitable"]] for side in ("on", "off")}
+    tried, other = len(probes) - len(HONEST), reward("another's reference")
+    return [
+        f"audit of the reward ({result['judge']} judge, {len(result['documents'])} held-out documents): references get "
+        f"{reward('reference')}, sampled answers {reward('sampled answer')}, another problem's reference {other}",
+        f"  of {tried} worthless or padded answers, {len(found['on'])} could still earn a reward: "
+        f"{', '.join(found['on']) or 'none'}",
+        f"  without the guards it would be {len(found['off'])}: {', '.join(found['off']) or 'none'}; see audit.json",
+    ]
 
 
 def warnings(result: dict[str, Any]) -> list[str]:

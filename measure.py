@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import fast
+import guards
 import model
 import plan
 import pop
@@ -219,7 +220,9 @@ def play(llm: model.LLM, documents: list[Document], cfg: pop.Config) -> list[Epi
     rubric.write_rubrics(llm, pop.alive(episodes), cfg)
     rubric.judge(llm, pop.alive(episodes), cfg)
     rubric.check_rubrics(llm, pop.alive(episodes), cfg)
-    pop.grade(pop.alive(episodes), cfg)
+    for e in pop.alive(episodes):
+        for a in e.answers:
+            guards.reward(a, e, cfg)
     return episodes
 
 
@@ -245,8 +248,7 @@ def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
     grades = [[a.grade for a in e.answers if a.grade is not None] for e in judged]
     pairs = [abs(a - b) for each in grades for a, b in combinations(each, 2)]
     digits = [abs(a - b) for e in judged for a, b in combinations([rounded(a, e) for a in e.answers if a.ratings], 2)]
-    unread = sum(n for n in reasons["judge"].values())
-    asked = sum(len(e.answers) + len(e.controls) for e in judged)
+    read = [a.ratings is not None for e in judged for a in [*e.answers, *e.controls]]
     above = [
         own > other
         for e in judged
@@ -265,7 +267,7 @@ def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
         "criteria that name things of the problem": share(sum(named), len(named)),
         "criteria with a gold answer": share(len(golds), len(criteria)),
         "golds that are found in the document": share(sum(found), len(found)),
-        "judge's replies read at the first try": share(asked - unread, asked),
+        "judge's replies that could be read": share(sum(read), len(read)),
         "pairs of answers with one grade": share(sum(gap < 1e-3 for gap in pairs), len(pairs)),
         "the same, were ratings whole numbers": share(sum(gap < 1e-3 for gap in digits), len(digits)),
         "groups with spread": share(sum(s > pop.ZERO_SPREAD for s in spread), len(judged)),

@@ -92,7 +92,8 @@ class Config:
     """Length limit of an answer, in tokens; for writing 2,048."""
     temperature: float = 1.0
     """Of the solver, in sampling and in the log-probabilities alike."""
-    proposer_temperature: float = 1.0
+    proposer_temperature: float = 0.7
+    """At 1.0 (paper) models of 0.5B and 1.5B lose the thread; kinds of problem in turn keep problems apart."""
     tries: int = 5
     """Attempts at a problem before a document is dropped."""
     tries_at_once: int = 1
