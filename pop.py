@@ -9,6 +9,7 @@ Shape letters as in model.py: B rows, T tokens of a row, N completion tokens of 
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -390,6 +391,9 @@ def grpo_loss(
     All tensors (N,). `total` is of the whole update, see `normaliser`, so that micro-batches of any size add up to
     the same gradient. The KL term is the k3 estimate, for DPO a metric alone. Also returns sums over the tokens, for
     the metrics.
+
+    The mean of k3 over tokens of the policy is KL(policy || ref), but the mean of its gradient is that of
+    KL(ref || policy): the tokens drawn depend on the policy too. The ratio, whose gradient says so, corrects that.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
@@ -399,7 +403,7 @@ def grpo_loss(
         difference = ref_logps - logps
         kl = difference.exp() - difference - 1
         if cfg.loss != "dpo":  # whose own loss keeps the policy near the reference
-            loss = loss + cfg.kl_coef * kl
+            loss = loss + cfg.kl_coef * (ratio * kl if cfg.kl_correction else kl)
         sums["kl"] = kl.sum().item()
     return (loss / total).sum(), sums
 
@@ -430,23 +434,32 @@ MicroBatch = list[list[Sample]]  # rows; those of a row have one prompt, which i
 
 
 def samples_of(episodes: Sequence[Episode], cfg: Config) -> list[list[Sample]]:
-    """The answers of each group that are trained on, in their order."""
-    return [
-        [Sample(e.prompt_ids, a.ids, a.advantage) for a in chosen] for e in episodes if (chosen := trained_on(e, cfg))
-    ]
+    """The answers of each group that are trained on, in their order, their advantages around 0."""
+    groups = []
+    for e in episodes:
+        if chosen := trained_on(e, cfg):
+            mean = statistics.fmean(a.advantage for a in chosen)
+            groups.append([Sample(e.prompt_ids, a.ids, a.advantage - mean) for a in chosen])
+    return groups
 
 
 def trained_on(episode: Episode, cfg: Config) -> list[Answer]:
-    """All answers of a group or, for extremes and DPO, the best and worst. For DPO the best is the first."""
+    """All answers of a group or, for extremes and DPO, the best and worst. For DPO the best is the first, and where
+    several are tied it is the pair closest in length."""
     ranked = sorted(episode.answers, key=lambda a: a.reward or 0.0)
     if cfg.loss == "dpo":
-        best, worst = ranked[-1], ranked[0]
-        apart = abs(len(best.text.split()) - len(worst.text.split()))
-        return [best, worst] if apart <= cfg.dpo_words_apart else []
+        best, worst = ([a for a in ranked if a.reward == end.reward] for end in (ranked[-1], ranked[0]))
+        pair = min(itertools.product(best, worst), key=words_apart)
+        return list(pair) if words_apart(pair) <= cfg.dpo_words_apart else []
     if 0 < 2 * cfg.extremes < len(ranked):
         chosen = [id(a) for a in ranked[: cfg.extremes] + ranked[-cfg.extremes :]]
         return [a for a in episode.answers if id(a) in chosen]
     return episode.answers
+
+
+def words_apart(pair: tuple[Answer, Answer]) -> int:
+    one, other = (len(a.text.split()) for a in pair)
+    return abs(one - other)
 
 
 def dpo_weights(pairs: Sequence[Sequence[Sample]], cfg: Config) -> float:
@@ -499,12 +512,13 @@ def update(
     total = sum(len(sample.completion) for sample in samples)
     sums: dict[str, float] = defaultdict(float)
     norm, lr, skipped = 0.0, 0.0, 0
+    temperature = 1.0 if cfg.loss == "dpo" else cfg.temperature  # DPO compares models, however it was sampled
 
     def logps(part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         ids, segments = segments_of([(row[0].prompt, [s.completion for s in row]) for row in part], llm.pad_id)
         answers = len(in_order(part))
         llm.batch = (answers, ids.numel() // answers)
-        return llm.logps(ids, segments, cfg.temperature)  # each (N,), in the order of in_order(part)
+        return llm.logps(ids, segments, temperature)  # each (N,), in the order of in_order(part)
 
     def in_order(part: MicroBatch) -> list[Sample]:
         return [sample for row in part for sample in row]

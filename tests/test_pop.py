@@ -92,20 +92,40 @@ def test_length_penalty_scales_the_reward_of_long_answers_only():
 # --------------------------------------------------------------------------------------------------------- loss
 
 
-def test_loss_and_gradient_of_a_hand_worked_case():
+@pytest.mark.parametrize(("corrected", "slope"), [(True, -math.log(2.0)), (False, -1.0)])
+def test_loss_and_gradient_of_a_hand_worked_case(corrected, slope):
     # Ratios 1.5, 0.5, 1.0 with clip range [0.8, 1.28]. Token 1, A=+1: min(1.5, 1.28) = 1.28, clipped, no gradient.
     # Token 2, A=-1: min(-0.5, -0.8) = -0.8, clipped, no gradient. Token 3, A=+2: 2.0, gradient of the loss -2.
-    # k3 against ref = logp + ln 2 for token 3 only: 2 - ln 2 - 1; its gradient 1 - 2 = -1. Total 4 tokens.
+    # k3 against ref = logp + ln 2 for token 3 only: 2 - ln 2 - 1; its gradient 1 - 2 = -1, and times the ratio, 1, that
+    # of the ratio more: -1 + 1 - ln 2. Total 4 tokens.
     logps = torch.tensor([math.log(1.5), math.log(0.5), 0.0], dtype=torch.float64, requires_grad=True)
     old = torch.zeros(3, dtype=torch.float64)
     ref = logps.detach() + torch.tensor([0.0, 0.0, math.log(2.0)])
-    cfg = replace(CFG, clip_low=0.2, clip_high=0.28, kl_coef=0.1)
+    cfg = replace(CFG, clip_low=0.2, clip_high=0.28, kl_coef=0.1, kl_correction=corrected)
     loss, sums = pop.grpo_loss(logps, old, ref, torch.tensor([1.0, -1.0, 2.0]), 4, cfg)
     loss.backward()
     kl = 1 - math.log(2.0)
     assert loss.item() == pytest.approx((-1.28 + 0.8 - 2.0 + 0.1 * kl) / 4)
-    assert logps.grad.tolist() == pytest.approx([0.0, 0.0, (-2.0 - 0.1) / 4])
+    assert logps.grad.tolist() == pytest.approx([0.0, 0.0, (-2.0 + 0.1 * slope) / 4])
     assert sums["clipped"] == 2 and sums["kl"] == pytest.approx(kl)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_expected_gradient_of_the_kl_term_is_that_of_the_kl_it_estimates(corrected):
+    """Exact: the mean over all tokens of a small vocabulary, each as probable as the policy makes it."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    p, ref = logits.log_softmax(-1), torch.randn(7, dtype=torch.float64).log_softmax(-1)
+    cfg = replace(CFG, kl_coef=1.0, kl_correction=corrected)
+    none, expected = torch.zeros(1, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    for token in range(7):
+        logp = p[token : token + 1]
+        loss, _ = pop.grpo_loss(logp, logp.detach(), ref[token : token + 1], none, 1, cfg)
+        (slope,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        expected += p[token].exp().item() * slope
+    exact = (p.exp() * (p - ref)).sum() if corrected else (ref.exp() * (ref - p)).sum()
+    (wanted,) = torch.autograd.grad(exact, logits)
+    torch.testing.assert_close(expected, wanted)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -114,6 +134,7 @@ def test_update_equals_a_naive_float64_version(seed):
     rng = random.Random(seed)
     llm = tiny_llm(seed)
     cfg = replace(CFG, temperature=rng.choice([0.7, 1.0, 1.3]), kl_coef=rng.choice([0.0, 0.05]), update_tokens=10_000)
+    cfg = replace(cfg, kl_correction=rng.random() < 0.5)
     episodes = [
         group(llm, [rng.random() for _ in range(rng.randint(2, 5))], seed=seed * 10 + i, prompt="Why" + "?" * i)
         for i in range(rng.randint(1, 3))
@@ -136,7 +157,10 @@ def test_update_equals_a_naive_float64_version(seed):
             if cfg.kl_coef:
                 with torch.no_grad(), llm.adapters_off():
                     ref = completion_logps()
-                loss = loss + cfg.kl_coef * ((ref - logps).exp() - (ref - logps) - 1).sum() / total
+                k3 = (ref - logps).exp() - (ref - logps) - 1
+                if cfg.kl_correction:
+                    k3 = k3 * (logps - logps.detach()).exp()
+                loss = loss + cfg.kl_coef * k3.sum() / total
     wanted = torch.autograd.grad(loss, pop.trainable(llm))
     for mine, naive in zip(got, wanted, strict=True):
         assert (mine - naive).norm() < 1e-4 * naive.norm() + 1e-9
