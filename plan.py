@@ -22,7 +22,6 @@ from transformers import AutoConfig
 from data import UserError
 from fast import batches
 from model import LOGITS_CHUNK_BYTES, READ_TOKENS, Device, check_hub, pick_device, resolve
-from rubric import RATING_TOKENS
 
 if TYPE_CHECKING:
     from pop import Config
@@ -279,7 +278,7 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
     rubric = cfg.criterion_tokens * cfg.max_criteria
     asked = cfg.problem_tokens + INSTRUCTIONS
     shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
-    answers = cfg.documents * cfg.group_size
+    taken, answers = cfg.documents_taken, cfg.documents_taken * cfg.group_size
     rest = cfg.max_new_tokens + QUESTION  # of the judge's prompt, the answer and what follows
     n = max(1, min(cfg.group_size, (cfg.update_tokens - asked) // cfg.max_new_tokens))  # answers in a row of the update
     row = asked + n * cfg.max_new_tokens
@@ -289,19 +288,21 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
         rows = len(batches(groups, [prompt + new] * (count * n), budget)[0])
         return Batch(max(1, rows // n), prompt, new, min(n, rows))
 
+    # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
+    rated = largest(taken * cfg.max_criteria, asked + cfg.criterion_tokens + cfg.max_new_tokens, 0, n=cfg.group_size)
     return {
         "propose": largest(  # the references: more rows than the problems
-            cfg.documents * cfg.tries_at_once, document + asked, cfg.reference_tokens, n=min(3, cfg.tries_at_once)
+            taken * cfg.tries_at_once, document + asked, cfg.reference_tokens, n=min(3, cfg.tries_at_once)
         ),
-        "solve": largest(cfg.documents, asked, cfg.max_new_tokens, n=cfg.group_size),
-        "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
-        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, RATING_TOKENS * cfg.max_criteria)
+        "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
+        "rubric": largest(taken, document + asked + shown, rubric, n=3),
+        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, cfg.rating_tokens * cfg.max_criteria)
         if cfg.judge != "logits"
         else Batch(
-            min(answers * cfg.max_criteria, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
-            asked + cfg.criterion_tokens + cfg.max_new_tokens,
+            min(rated.rows, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
+            rated.prompt,
             rest=rest,
-            beginnings=cfg.documents * cfg.max_criteria,
+            beginnings=rated.prompts,
         ),
         "update": Batch(max(1, min(cfg.documents, cfg.update_tokens // row)), asked, cfg.max_new_tokens, n),
     }
@@ -312,21 +313,24 @@ def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
 
     Every attempt at a problem is counted, a rubric's greedy attempt and three samples, and a judge's retry.
     """
-    work, attempts, answers = work_of(cfg), cfg.documents * cfg.tries, cfg.documents * cfg.group_size
+    work, taken = work_of(cfg), cfg.documents_taken
+    attempts, answers, trained = taken * cfg.tries, taken * cfg.group_size, cfg.documents * cfg.group_size
     rounds = math.ceil(cfg.tries / cfg.tries_at_once)
     tried = cfg.problem_tokens + min(3, cfg.tries_at_once) * cfg.reference_tokens
     judge, update = work["judge"], work["update"]
     if cfg.judge != "logits":  # one retry
         judged = (2 * answers * judge.prompt, 2 * answers * judge.new)
-    else:  # a row for each criterion, its beginning read once for all answers
-        judged = (judge.beginnings * (judge.prompt - judge.rest) + answers * cfg.max_criteria * judge.rest, 0)
+    else:  # a row for each criterion, its beginning read once for all answers of a batch
+        pieces = math.ceil(cfg.group_size / max(1, cfg.rollout_tokens // judge.prompt))  # of a group too large for one
+        beginnings = taken * cfg.max_criteria * pieces
+        judged = (beginnings * (judge.prompt - judge.rest) + answers * cfg.max_criteria * judge.rest, 0)
     rows = cfg.documents * math.ceil(cfg.group_size / update.n)
     return {
-        "propose": ((cfg.documents * rounds + attempts) * work["propose"].prompt, attempts * tried),
-        "solve": (cfg.documents * work["solve"].prompt, answers * cfg.max_new_tokens),
-        "rubric": (2 * cfg.documents * work["rubric"].prompt, 4 * cfg.documents * work["rubric"].new),
+        "propose": ((taken * rounds + attempts) * work["propose"].prompt, attempts * tried),
+        "solve": (taken * work["solve"].prompt, answers * cfg.max_new_tokens),
+        "rubric": (2 * taken * work["rubric"].prompt, 4 * taken * work["rubric"].new),
         "judge": judged,
-        "update": (rows * update.prompt + answers * cfg.max_new_tokens, answers * cfg.max_new_tokens),
+        "update": (rows * update.prompt + trained * cfg.max_new_tokens, trained * cfg.max_new_tokens),
     }
 
 
@@ -431,9 +435,10 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     corpus = cfg.corpus or f"the hub corpus of {cfg.task}"
     trained = f"LoRA r={cfg.lora_r} trains {shapes.lora_params(cfg.lora_r) / 1e6:.1f} M"
     length = f"up to {cfg.max_words:,} words (about {round(cfg.max_words * TOKENS_PER_WORD):,} tokens)"
+    kept = f", {cfg.documents} of them trained on," if cfg.documents_taken > cfg.documents else ""
     lines = [
         f"model      {cfg.model}: {shapes.params / 1e9:.2f} B parameters in {cfg.load_in}, {trained}",
-        f"documents  {cfg.documents} a step from {corpus}, {length}; {cfg.steps} steps",
+        f"documents  {cfg.documents_taken} a step{kept} from {corpus}, {length}; {cfg.steps} steps",
         "",
         "a step, at most      tokens read   written   memory GiB   seconds",
         f"  load{memory['load'] / GIB:47.1f}",

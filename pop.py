@@ -234,6 +234,13 @@ class Config:
         for name in ("temperature", "lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        if not 1 <= self.oversample < math.inf:
+            raise UserError(f"--oversample {self.oversample}: must be at least 1, which is no oversampling")
+
+    @property
+    def documents_taken(self) -> int:
+        """Documents of a step, of which those of `documents` groups are trained on."""
+        return math.ceil(round(self.documents * self.oversample, 6))  # 50 x 1.1 is a little more than 55
 
 
 # What a task needs besides, where the preset does not say it.
@@ -276,7 +283,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_documents=3,
     ),
     # Fits in fp32 too, for cards without bf16.
-    "16gb": dict(rollout_tokens=8_192, update_tokens=1_536, rubric_answers=4),
+    "16gb": dict(rollout_tokens=8_192, update_tokens=2_048, rubric_answers=3),
     "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
     "48gb": dict(group_size=16, rollout_tokens=131_072, update_tokens=12_288),
 }
@@ -344,7 +351,14 @@ def play(
     phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
     phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
     grade(alive(episodes), cfg)
+    keep_widest(episodes, cfg.documents)
     return episodes
+
+
+def keep_widest(episodes: Sequence[Episode], n: int) -> None:
+    """Drop all but the n groups whose rewards differ most; of equals the first are kept."""
+    for e in sorted(alive(episodes), key=runlog.group_std, reverse=True)[n:]:
+        e.drop = "group/oversampled"
 
 
 def grade(episodes: Sequence[Episode], cfg: Config) -> None:
@@ -676,7 +690,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             for step in range(progress["step"] + 1, cfg.steps + 1):
                 seconds.clear()
                 llm.model.eval()
-                batch = [next(documents) for _ in range(cfg.documents)]
+                batch = [next(documents) for _ in range(cfg.documents_taken)]
                 episodes = play(llm, batch, cfg, rng, phase)
                 with signals.held():
                     trained: dict[str, float | None] = {}
@@ -768,10 +782,11 @@ def main(argv: Sequence[str]) -> int:
     )
     check_context(llm, cfg)
     run = run_folder(cfg)
-    answers = cfg.documents * cfg.group_size
     source = f"problems and rubrics from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
-    print(f"{cfg.steps} steps x {cfg.documents} documents x {cfg.group_size} answers = {cfg.steps * answers} answers")
+    steps, taken, answers = cfg.steps, cfg.documents_taken, cfg.group_size
+    kept = f", of which each step trains on {cfg.documents} groups" if taken > cfg.documents else ""
+    print(f"{steps} steps x {taken} documents x {answers} answers = {steps * taken * answers:,} answers{kept}")
     try:
         with checkpoint.locked(run):
             train(llm, corpus, cfg, run)

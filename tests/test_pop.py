@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+import statistics
 import sys
 import types
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import tiny_llm
 
+import faults
 import pop
 from data import Document, UserError
 from pop import Config
@@ -71,6 +73,30 @@ def test_unreadable_grades_drop_the_answer_and_are_never_scored_zero():
     pop.grade([episode], CFG)
     assert [a.text for a in episode.answers] == ["x", "z"]
     assert [a.advantage for a in episode.answers] == [0.25, -0.25]
+
+
+def spread_out(*rewards) -> Episode:
+    answers = [Answer("x", [1], reward=r) for r in rewards]
+    return Episode(Document("d", ""), answers=answers)
+
+
+def test_of_more_groups_those_with_the_widest_rewards_are_kept_in_the_order_of_documents():
+    wide, flat, lost, wider, none = (
+        *(spread_out(0.2, 0.8), spread_out(0.4, 0.6), spread_out(0.0, 1.0)),
+        *(spread_out(0.0, 0.9, 0.0, 0.9), spread_out(0.5, 0.5)),
+    )
+    lost.drop = "rubric/no complete criterion"
+    episodes = [wide, flat, lost, wider, none]
+    pop.keep_widest(episodes, 2)
+    assert pop.alive(episodes) == [wide, wider]
+    assert [e.drop for e in (flat, lost, none)] == ["group/oversampled", lost.drop, "group/oversampled"]
+    assert faults.yields(episodes) == {"proposer": 1.0, "rubric": 0.8, "judge": 1.0}  # no role has failed on them
+
+
+def test_of_groups_with_equal_spread_the_first_are_kept():
+    episodes = [spread_out(0.1, 0.9), spread_out(0.5, 0.6), spread_out(0.9, 0.1), spread_out(0.1, 0.9)]
+    pop.keep_widest(episodes, 2)
+    assert [e.drop is None for e in episodes] == [True, False, True, False]
 
 
 def test_group_with_fewer_than_two_readable_answers_is_dropped():
@@ -281,6 +307,30 @@ def test_a_run_leaves_config_metrics_episodes_and_an_adapter(played, tmp_path, c
     assert "step 2/2" in printed and "criterion" in printed
 
 
+def test_an_oversampled_step_plays_more_documents_than_it_trains_on(played, tmp_path, monkeypatch, capsys):
+    trained, real = [], pop.update
+    monkeypatch.setattr(pop, "update", lambda *given: trained.append([e.problem for e in given[3]]) or real(*given))
+    run = tmp_path / "run"
+    assert pop.main([*played, "--oversample", "1.7", "--min-yield", "1", "--output", str(run)]) == 0
+    episodes = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    state = json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())["progress"]
+    assert state["documents"] == len(episodes) == 2 * 4  # 2 x 1.7 is 3.4
+    for step in (1, 2):
+        mine = [e for e in episodes if e["step"] == step]
+        spreads = [statistics.pstdev([a["reward"] for a in e["answers"]]) for e in mine]
+        kept = [e for e, spread in zip(mine, spreads, strict=True) if spread in sorted(spreads)[-2:]]
+        assert trained[step - 1] == [e["problem"] for e in kept] and len(kept) == 2
+        assert all(e["drop"] == (None if e in kept else "group/oversampled") for e in mine)
+    printed = capsys.readouterr().out
+    assert "2 steps x 4 documents x 4 answers = 32 answers, of which each step trains on 2 groups" in printed
+    assert "groups 2/2" in printed
+
+
+@pytest.mark.parametrize(("documents", "times", "taken"), [(16, 1.5, 24), (2, 1.0, 2), (3, 1.1, 4), (50, 1.1, 55)])
+def test_a_step_takes_the_product_rounded_up(documents, times, taken):
+    assert Config(documents=documents, oversample=times).documents_taken == taken
+
+
 def test_same_seed_same_run(played, tmp_path):
     runs = []
     for name in ("a", "b"):
@@ -301,6 +351,9 @@ def test_same_seed_same_run(played, tmp_path):
         (["--model", "./nowhere"], "nowhere"),
         (["--max-criteria", "9"], "--max-criteria 9"),
         (["--steps", "0"], "--steps 0"),
+        (["--oversample", "0.5"], "--oversample 0.5: must be at least 1"),
+        (["--oversample", "nan"], "--oversample nan: must be at least 1"),
+        (["--oversample", "inf"], "--oversample inf: must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_clear_line(flags, words):
