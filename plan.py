@@ -308,6 +308,13 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
     }
 
 
+def in_use(cfg: "Config") -> list[str]:
+    """The roles of work_of that have work to do: without training no update, and with recorded answers nothing else."""
+    if cfg.replay == "answers":
+        return ["update"]
+    return ["propose", "solve", "rubric", "judge"] + ([] if cfg.synthesize else ["update"])
+
+
 def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     """(tokens read, tokens written) of a step by role, at most; of the update, what it passes over and trains on.
 
@@ -443,10 +450,12 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
         "a step, at most      tokens read   written   memory GiB   seconds",
         f"  load{memory['load'] / GIB:47.1f}",
     ]
-    for role, (read, written) in tokens_of(cfg).items():
+    tokens = tokens_of(cfg)
+    for role in in_use(cfg):
+        read, written = tokens[role]
         time_of = f"{seconds[role]:10.0f}" if seconds else f"{'?':>10}"
         lines.append(f"  {role:<20}{read:>11,}{written:>10,}{memory[role] / GIB:10.1f}{time_of}")
-    top = max(memory.values()) / GIB
+    top = max(memory[role] for role in ("load", *in_use(cfg))) / GIB
     card = next((f"fits a {size} GB card" for size, limit in CARDS.items() if top <= limit), "fits no card listed")
     fits = card if device == "cuda" else "must be free"
     lines += ["", f"Memory on {device} is arithmetic, not measured. Its peak, {top:.1f} GiB, {fits}."]

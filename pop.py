@@ -13,12 +13,13 @@ import itertools
 import json
 import math
 import random
+import shlex
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -56,6 +57,11 @@ class Config:
     """The run folder; empty: a new one under runs/."""
     resume: str = ""
     """Go on with the run in this folder, from its newest whole checkpoint and with its own configuration."""
+    synthesize: bool = False
+    """Train nothing: only write down the base model's problems, answers, rubrics and grades, for --replay answers.
+    `python pop.py synthesize` is short for it."""
+    documents_total: int = 0
+    """Documents that synthesize takes."""
     dry_run: bool = False
     """Print the plan (tokens, memory) and stop, before anything is downloaded or loaded."""
     seed: int = 0
@@ -125,7 +131,8 @@ class Config:
     episodes: str = ""
     """A file of recorded episodes (a run's episodes.jsonl): its problems and rubrics are taken, none are written."""
     replay: Literal["problems", "answers"] = "problems"
-    """What is taken from recorded episodes. answers: their answers and ratings too, so that nothing is generated."""
+    """What is taken from recorded episodes. answers: their answers and ratings too, so that nothing is generated; by
+    default once through the file, without audit or evaluation."""
     proposer_document: bool = True
     """Without it the proposer is given a word of the document, its topic, and no more."""
     rubric: Literal["written", "generic", "holistic"] = "written"
@@ -236,10 +243,18 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
         if not 1 <= self.oversample < math.inf:
             raise UserError(f"--oversample {self.oversample}: must be at least 1, which is no oversampling")
+        if self.replay == "answers" and not self.episodes:
+            raise UserError("--replay answers: give --episodes too, the file with the answers")
+        if self.synthesize and (self.documents_total < 1 or self.replay == "answers"):
+            raise UserError("synthesize: give --documents-total N, at least 1, and no --replay answers")
+        if self.documents_total and not self.synthesize:
+            raise UserError(f"--documents-total {self.documents_total}: is for synthesize; a run has --steps")
 
     @property
     def documents_taken(self) -> int:
         """Documents of a step, of which those of `documents` groups are trained on."""
+        if self.synthesize or self.replay == "answers":
+            return self.documents
         return math.ceil(round(self.documents * self.oversample, 6))  # 50 x 1.1 is a little more than 55
 
 
@@ -309,7 +324,22 @@ def parse_args(argv: Sequence[str]) -> Config:
     if not helped:
         print(f"preset {preset}: {why}")
     default = Config(**{**TASKS.get(given.task, {}), **PRESETS.get(preset, {}), "preset": preset})  # type: ignore[arg-type]
-    return tyro.cli(Config, args=list(argv), default=default)
+    cfg = tyro.cli(Config, args=list(argv), default=default)
+    if usual := defaults_besides(cfg):
+        cfg = tyro.cli(Config, args=list(argv), default=replace(cfg, **usual))
+    if cfg.synthesize and cfg.steps != usual["steps"]:
+        raise UserError(f"--steps {cfg.steps}: synthesize takes --documents-total instead")
+    return cfg
+
+
+def defaults_besides(cfg: Config) -> dict[str, Any]:
+    """Those of a run that only plays or only trains, which depend on other flags."""
+    if cfg.synthesize:
+        return {"eval_every": 0, "steps": math.ceil(cfg.documents_total / cfg.documents)}
+    if cfg.replay == "answers" and Path(cfg.episodes).is_file():  # in a sweep it is yet to be written
+        groups = len(heldout.recording(cfg).episodes)
+        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)}
+    return {}
 
 
 def parse_resumed(argv: Sequence[str], run: Path) -> Config:
@@ -347,9 +377,10 @@ def play(
         episodes = heldout.replayed(documents, cfg)
     else:
         episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, rng))
-    phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
-    phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
-    phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
+    if cfg.replay == "problems":
+        phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
+        phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
+        phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
     grade(alive(episodes), cfg)
     keep_widest(episodes, cfg.documents)
     return episodes
@@ -690,11 +721,12 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             for step in range(progress["step"] + 1, cfg.steps + 1):
                 seconds.clear()
                 llm.model.eval()
-                batch = [next(documents) for _ in range(cfg.documents_taken)]
+                left = cfg.documents_total - progress["documents"] if cfg.synthesize else cfg.documents_taken
+                batch = [next(documents) for _ in range(min(left, cfg.documents_taken))]
                 episodes = play(llm, batch, cfg, rng, phase)
                 with signals.held():
                     trained: dict[str, float | None] = {}
-                    if alive(episodes):
+                    if alive(episodes) and not cfg.synthesize:
                         with timed("update"):
                             trained = update(llm, optimizer, scheduler, alive(episodes), cfg, progress)
                     consumed = progress["documents"] + len(batch)
@@ -717,7 +749,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                     if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
                         checkpoint.save(run, state, cfg.keep)
                     tqdm.write(runlog.one_line(metrics, cfg))
-                    if step == 1:
+                    if step == 1 and trained and cfg.loss != "dpo":
                         tqdm.write(
                             "  (the loss stays near 0: on-policy, advantages cancel within a group. "
                             "Watch reward, length, kl.)"
@@ -761,14 +793,17 @@ def main(argv: Sequence[str]) -> int:
         import sweep  # which imports this file
 
         return sweep.main(argv[1:])
+    if argv[:1] == ["synthesize"]:
+        argv = ["--synthesize", *argv[1:]]
     cfg = parse_args(argv)
     if cfg.dry_run:
         print(plan.plan(cfg))
         return 0
     corpus = open_corpus(cfg)
-    next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
+    if not cfg.episodes or cfg.audit or cfg.eval_every:
+        next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     if cfg.episodes:
-        heldout.recording(cfg.episodes)
+        heldout.recording(cfg)
     llm = load(
         cfg.model,
         load_in=cfg.load_in,
@@ -780,21 +815,41 @@ def main(argv: Sequence[str]) -> int:
         cuda_graph=cfg.cuda_graph,
         recompute=cfg.recompute,
     )
-    check_context(llm, cfg)
+    if cfg.replay == "answers":
+        heldout.check_tokens(llm, cfg)
+    else:
+        check_context(llm, cfg)
     run = run_folder(cfg)
-    source = f"problems and rubrics from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
+    replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
+    source = f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
-    steps, taken, answers = cfg.steps, cfg.documents_taken, cfg.group_size
-    kept = f", of which each step trains on {cfg.documents} groups" if taken > cfg.documents else ""
-    print(f"{steps} steps x {taken} documents x {answers} answers = {steps * taken * answers:,} answers{kept}")
+    print(amount(cfg))
     try:
         with checkpoint.locked(run):
             train(llm, corpus, cfg, run)
     except (Interrupted, Unreachable) as why:
         print(f"\n{why}: the run is saved and resumable with: python pop.py --resume {run}")
         return faults.RESUMABLE
-    print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
+    if cfg.synthesize:
+        same = shlex.join(["--preset", cfg.preset, "--task", cfg.task, "--model", cfg.model])
+        print(
+            f"done: {run}/episodes.jsonl; to train on it, with the flags of this run:\n  python pop.py {same} "
+            f"--episodes {shlex.quote(str(run))}/episodes.jsonl --replay answers --loss dpo"
+        )
+    else:
+        print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
     return 0
+
+
+def amount(cfg: Config) -> str:
+    """What the run is about to do, in one line."""
+    steps, taken, answers = cfg.steps, cfg.documents_taken, cfg.group_size
+    if cfg.synthesize:
+        return f"{cfg.documents_total} documents x {answers} answers in {steps} steps, and nothing is trained"
+    if cfg.replay == "answers":
+        return f"{steps} steps x {taken} recorded groups, of {len(heldout.recording(cfg).episodes)} in the file"
+    kept = f", of which each step trains on {cfg.documents} groups" if taken > cfg.documents else ""
+    return f"{steps} steps x {taken} documents x {answers} answers = {steps * taken * answers:,} answers{kept}"
 
 
 def open_corpus(cfg: Config) -> Corpus:

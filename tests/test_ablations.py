@@ -69,7 +69,7 @@ def played(llm=None, **flags):
     """(prompts by role, the episode) of one round of self-play on one document."""
     llm = llm or Speaker()
     cfg = replace(Config(group_size=2, rubric_answers=2, tries=1), **flags)
-    document = next(iter(heldout.recording(cfg.episodes))) if cfg.episodes else DOCUMENT
+    document = next(iter(heldout.recording(cfg))) if cfg.episodes else DOCUMENT
     (episode,) = pop.play(llm, [document], cfg, random.Random(0))
     assert episode.drop in (None, "group/zero spread")
     return llm.prompts, episode
@@ -381,7 +381,7 @@ def test_a_rubric_of_another_way_of_writing_is_written_anew_for_the_replayed_pro
 
 
 def test_a_replay_goes_through_the_episodes_with_a_rubric_over_and_over(recorded):
-    documents = iter(heldout.recording(recorded))
+    documents = iter(heldout.recording(Config(episodes=recorded)))
     batch = [next(documents) for _ in range(5)]
     assert [document.id for document in batch] == ["tides", "other", "tides", "tides", "other"]
     problems = [e.problem for e in heldout.replayed(batch, Config(episodes=recorded))]
@@ -436,6 +436,7 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
 def test_a_replay_of_held_out_documents_alone_is_refused(recorded):
     held_out = [Episode(DOCUMENT), Episode(Document("other", "Another document."))]
     assert heldout.source("the corpus", Config(), held_out) == "the corpus"
-    assert heldout.source("the corpus", Config(episodes=recorded), held_out[:1]) is heldout.recording(recorded)
+    cfg = Config(episodes=recorded)
+    assert heldout.source("the corpus", cfg, held_out[:1]) is heldout.recording(cfg)
     with pytest.raises(UserError, match="all its documents are held out in this run"):
         heldout.source("the corpus", Config(episodes=recorded), held_out)
