@@ -205,8 +205,7 @@ class Ours:
             fast.decode = decode
 
     def prompt(self, group: Group) -> tuple[int, ...]:
-        text = rubric.SOLVER.format(problem=group.problem, n=rubric.target_words(self.cfg))
-        return tuple(self.llm.encode("", text))
+        return tuple(self.llm.encode("", group.problem))
 
     def step(self) -> dict[str, Any]:
         """One optimizer step on all groups; rewards are the grades, guards are left out as TRL has none."""
@@ -513,7 +512,7 @@ def round_of_play(work: Work, line: Connection) -> None:
     )
     document = Document("bench", " ".join(words.split()[: work.document_words]))
     cfg = replace(
-        ours.cfg, tries=1, tries_at_once=1, crutches=False, max_criteria=work.criteria, group_size=work.group_size
+        ours.cfg, tries=1, tries_at_once=1, crutches=True, max_criteria=work.criteria, group_size=work.group_size
     )
     episodes = ours.episodes()
     for e in episodes:

@@ -20,14 +20,9 @@ from trl import GRPOConfig, GRPOTrainer
 import rubric
 from bench import Group, Meter, Replay, Work, groups_of
 from fast import batches, positions
-from forms import FormFiller
+from forms import FormFiller, room
 from model import LLM, resolve
 from pop import PRESETS, Config
-
-
-def solver_text(problem: str, max_new_tokens: int) -> str:
-    """What rubric.solve tells the solver."""
-    return rubric.SOLVER.format(problem=problem, n=rubric.target_words(Config(max_new_tokens=max_new_tokens)))
 
 
 class Reader(LLM):
@@ -83,18 +78,19 @@ class Judge:
         """Ratings written into a form, as the greedy pass of rubric.judge_by_text; None if they cannot be read."""
         llm = self.llm
         rows = [llm.encode("", rubric.judge_prompt(g.problem, g.rubric, text)) for g, text in pairs]
-        room = rubric.RATING_TOKENS * max(len(g.rubric) for g, _ in pairs)
+        filled = [rubric.judge_form(len(g.rubric), Config(**PRESETS["demo"]).rating_tokens) for g, _ in pairs]
+        new = max(room(llm, form) for form in filled)
         config = GenerationConfig(
             do_sample=False,
             repetition_penalty=1.0,
-            max_new_tokens=room,
+            max_new_tokens=new,
             eos_token_id=llm.eos_ids,
             pad_token_id=llm.pad_id,
         )
         ratings: list[list[float] | None] = [None] * len(pairs)
-        for indices in self.batches([len(row) + room for row in rows]):
+        for indices in self.batches([len(row) + new for row in rows]):
             ids, mask = llm.pad([rows[i] for i in indices], side="left")
-            forms = FormFiller(llm, [rubric.judge_form(len(pairs[i][0].rubric)) for i in indices])
+            forms = FormFiller(llm, [filled[i] for i in indices])
             output = llm.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -103,8 +99,9 @@ class Judge:
             )
             for i, reply in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((at + 1 for at, token in enumerate(reply) if token in llm.eos_ids), len(reply))
-                read = rubric.parse_ratings(llm.decode(reply[:end]), len(pairs[i][0].rubric))
-                ratings[i] = read and read[1]
+                text = llm.decode(reply[:end])
+                read = rubric.parse_ratings(text, len(pairs[i][0].rubric))
+                ratings[i] = read and [float(text[digit]) for _, digit in read]
         return ratings
 
 
@@ -219,7 +216,7 @@ class Theirs:
             raise ValueError(f"{rows} rows do not make micro-batches of {micro_rows}, or a group is not whole")
         self.folder = tempfile.TemporaryDirectory()  # nothing is saved, but the trainer makes one
         self.judge = Judge(groups, work.judge, demo.rollout_tokens)
-        texts = [solver_text(g.problem, max_new_tokens) for g in groups]
+        texts = [g.problem for g in groups]
         self.trainer = ReplayTrainer(
             model=base,
             reward_funcs=self.judge,

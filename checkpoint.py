@@ -260,8 +260,13 @@ def stored_config(run: Path) -> dict[str, Any]:
         raise UserError(f"--resume {run}: no run there (no config.json in it)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
-    if isinstance(held := stored.get("dequantize"), bool):  # as older runs wrote it
+    # As older runs wrote it:
+    if isinstance(held := stored.get("dequantize"), bool):
         stored["dequantize"] = "on" if held else "off"
+    if stored.get("task") == "general":
+        stored["task"] = "instructions"
+    if "own_words" in stored:
+        stored["crutches"] = stored.pop("own_words")
     return stored
 
 

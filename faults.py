@@ -19,7 +19,7 @@ import heldout
 from checkpoint import rng_states, set_rng_states
 from data import Corpus, Document, Unreachable, UserError
 from model import LLM, out_of_memory
-from plan import work_of
+from plan import in_use, work_of
 from rubric import Episode
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def try_longest(llm: LLM, cfg: "Config", budgets: dict[str, int]) -> None:
         else:
             llm.rehearse(work.prompts, work.prompt, work.new, work.n)
 
-    for phase in budgets:
+    for phase in (p for p in in_use(cfg) if p in budgets):
         within_memory(llm, phase, lambda phase=phase: attempt(phase), forget, budgets)  # type: ignore[misc]
         forget()
     torch.cuda.empty_cache()

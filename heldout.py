@@ -90,12 +90,15 @@ def yardstick(cfg: "Config") -> "Config":
         cfg,
         roles="base",
         episodes="",
+        replay="problems",
         proposer_document=True,
         rubric="written",
         rubric_document=True,
         rubric_gold=True,
         rubric_answers=cfg.rubric_answers or usual.rubric_answers,
         judge=usual.judge if cfg.judge == "each" else cfg.judge,
+        gate=usual.gate,
+        check_rubric=usual.check_rubric,
         guards=True,
         **each_guard,
     )
@@ -110,34 +113,47 @@ def make(llm: LLM, documents: Sequence[Document], cfg: "Config", phase: Phase = 
         with llm.adapters_off():
             phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
         phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
-    return [replace(e, answers=[]) for e in episodes]
+        if cfg.check_rubric:
+            phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
+            phase("rubric", lambda: rubric.check_rubrics(llm, alive(episodes), cfg), episodes)
+    return [replace(e, answers=[], controls=[]) for e in episodes]
 
 
-def read(path: Path) -> list[Episode]:
-    """The episodes of heldout.jsonl or, without their answers, of episodes.jsonl."""
+def read(path: Path, answers: bool = False) -> list[Episode]:
+    """The episodes of heldout.jsonl or episodes.jsonl, with their answers if asked for."""
     episodes = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        e = {**json.loads(line), "answers": []}
+        e = {**json.loads(line), "controls": []}
         e.pop("step", None)
         e["document"], e["rubric"] = Document(**e["document"]), [Criterion(**c) for c in e["rubric"]]
+        e["answers"] = [Answer(**a) for a in e["answers"]] if answers else []
         episodes.append(Episode(**e))
     return episodes
 
 
-class Recording:
-    """In place of a Corpus: the documents of recorded episodes that have a rubric, in their order, over and over.
+def with_groups(episodes: Sequence[Episode]) -> list[Episode]:
+    """Those that came as far as grades, with the answers that have a rating for each criterion: two or more."""
+    graded = [e for e in episodes if e.drop in (None, "group/zero spread", "group/oversampled")]
+    rated = [[a for a in e.answers if a.ids and a.ratings and len(a.ratings) == len(e.rubric)] for e in graded]
+    return [replace(e, answers=group) for e, group in zip(graded, rated, strict=True) if len(group) > 1]
 
-    Raises UserError if the file cannot be read or has no episode with a rubric.
+
+class Recording:
+    """In place of a Corpus: the documents of recorded episodes, in their order, over and over. `replay` as in Config:
+    of those that have a rubric or, for answers, of those whose answers can be trained on.
+
+    Raises UserError if the file cannot be read or has no such episode.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, replay: str = "problems") -> None:
+        self.name, answers = name, replay == "answers"
         try:
-            episodes = [e for e in read(Path(name)) if e.rubric]
+            episodes = read(Path(name), answers)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
+        episodes = with_groups(episodes) if answers else [e for e in episodes if e.rubric]
         if not episodes:
-            raise UserError(f"--episodes {name}: no episode there has a rubric")
+            raise UserError(f"--episodes {name}: no episode there has {'two rated answers' if answers else 'a rubric'}")
         self.episodes = {id(e.document): e for e in episodes}  # not by its text: a document may recur, its problem not
 
     def __iter__(self) -> Iterator[Document]:
@@ -146,14 +162,33 @@ class Recording:
 
 def replayed(documents: Sequence[Document], cfg: "Config") -> list[Episode]:
     """The recorded problems of these documents (the recording's own objects), and their rubrics where these were
-    written in the way of `cfg`."""
-    recorded = recording(cfg.episodes).episodes
+    written in the way of `cfg`. If answers are replayed, all that was recorded, for pop.grade to grade anew."""
+    found = [recording(cfg).episodes[id(document)] for document in documents]
+    if cfg.replay == "answers":
+        return [replace(e, answers=[replace(a) for a in e.answers], failures=[], drop=None) for e in found]
     written = cfg.rubric == "written" and cfg.rubric_document and cfg.rubric_answers > 0
-    found = [recorded[id(document)] for document in documents]
     return [Episode(e.document, e.problem, e.reference, rubric=list(e.rubric) if written else []) for e in found]
 
 
-recording = functools.cache(Recording)
+def check_tokens(llm: LLM, cfg: "Config") -> None:
+    """Raises UserError unless the recorded answers are tokens of this model, and fit its context."""
+    episodes = list(recording(cfg).episodes.values())
+    size = llm.model.get_input_embeddings().num_embeddings
+    known = all(0 <= i < size for e in episodes for ids in (e.prompt_ids, *(a.ids for a in e.answers)) for i in ids)
+    first = episodes[0].answers[0]
+    if not known or llm.decode(first.ids).strip() != first.text:
+        raise UserError(
+            f"--episodes {cfg.episodes} was written with another model's tokenizer: train the model that wrote it, or "
+            "take only its problems (--replay problems)"
+        )
+    llm.check_length(max(len(e.prompt_ids) + len(a.ids) for e in episodes for a in e.answers))
+
+
+recorded = functools.cache(Recording)
+
+
+def recording(cfg: "Config") -> Recording:
+    return recorded(cfg.episodes, cfg.replay)
 
 
 def source(corpus: Corpus, cfg: "Config", watched: Sequence[Episode]) -> "Corpus | Recording":
@@ -161,12 +196,12 @@ def source(corpus: Corpus, cfg: "Config", watched: Sequence[Episode]) -> "Corpus
     if not cfg.episodes:
         return corpus
     held_out = {e.document.text for e in watched}
-    if all(e.document.text in held_out for e in recording(cfg.episodes).episodes.values()):
+    if all(e.document.text in held_out for e in recording(cfg).episodes.values()):
         raise UserError(
             f"--episodes {cfg.episodes}: all its documents are held out in this run; record with the same --audit, "
             "--eval-every and --eval-documents"
         )
-    return recording(cfg.episodes)
+    return recording(cfg)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
         pop.Config(),
         judge="logits",
         documents=1,
+        oversample=1.0,
         group_size=args.answers,
         max_new_tokens=args.new_tokens,
         steps=1,

@@ -36,7 +36,9 @@ USABLE = 0.9  # of what is free on the card at hand
 
 # Lengths in tokens, at most.
 TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
-INSTRUCTIONS = 250  # a role's own prompt and the chat template
+INSTRUCTIONS = 650  # of a role, with the chat template; the rubric writer's are the longest
+TEMPLATE = 60  # the chat template around a problem, which is all that the solver is given
+CONTROLS = 2  # answers that a rubric is tried on, beside a group's own
 QUESTION = 50  # what the logits judge is asked after the answer
 
 
@@ -276,9 +278,10 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
     """The largest batch of each role, were every text as long as it may be."""
     document = round(cfg.max_words * TOKENS_PER_WORD)
     rubric = cfg.criterion_tokens * cfg.max_criteria
-    asked = cfg.problem_tokens + INSTRUCTIONS
+    asked, told = cfg.problem_tokens + TEMPLATE, cfg.problem_tokens + INSTRUCTIONS
     shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
-    answers = cfg.documents * cfg.group_size
+    taken = cfg.documents_taken
+    rated_answers = taken * (cfg.group_size + CONTROLS * cfg.check_rubric)
     rest = cfg.max_new_tokens + QUESTION  # of the judge's prompt, the answer and what follows
     n = max(1, min(cfg.group_size, (cfg.update_tokens - asked) // cfg.max_new_tokens))  # answers in a row of the update
     row = asked + n * cfg.max_new_tokens
@@ -288,44 +291,55 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
         rows = len(batches(groups, [prompt + new] * (count * n), budget)[0])
         return Batch(max(1, rows // n), prompt, new, min(n, rows))
 
+    # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
+    rated = largest(taken * cfg.max_criteria, told + cfg.criterion_tokens + cfg.max_new_tokens, 0, n=cfg.group_size)
     return {
-        "propose": largest(  # the references: more rows than the problems
-            cfg.documents * cfg.tries_at_once, document + asked, cfg.reference_tokens, n=min(3, cfg.tries_at_once)
-        ),
-        "solve": largest(cfg.documents, asked, cfg.max_new_tokens, n=cfg.group_size),
-        "rubric": largest(cfg.documents, document + asked + shown, rubric, n=3),
-        "judge": largest(answers, asked + cfg.max_new_tokens + rubric, cfg.rating_tokens * cfg.max_criteria)
+        "propose": largest(taken, document + told, max(cfg.problem_tokens, cfg.reference_tokens), n=cfg.tries_at_once),
+        "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
+        "rubric": largest(taken, document + told + shown, rubric, n=3),
+        "judge": largest(rated_answers, told + cfg.max_new_tokens + rubric, cfg.rating_tokens * cfg.max_criteria)
         if cfg.judge != "logits"
         else Batch(
-            min(answers * cfg.max_criteria, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
-            asked + cfg.criterion_tokens + cfg.max_new_tokens,
+            min(rated.rows, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
+            rated.prompt,
             rest=rest,
-            beginnings=cfg.documents * cfg.max_criteria,
+            beginnings=rated.prompts,
         ),
         "update": Batch(max(1, min(cfg.documents, cfg.update_tokens // row)), asked, cfg.max_new_tokens, n),
     }
 
 
+def in_use(cfg: "Config") -> list[str]:
+    """The roles of work_of that have work to do: without training no update, and with recorded answers nothing else."""
+    if cfg.replay == "answers":
+        return ["update"]
+    return ["propose", "solve", "rubric", "judge"] + ([] if cfg.synthesize else ["update"])
+
+
 def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     """(tokens read, tokens written) of a step by role, at most; of the update, what it passes over and trains on.
 
-    Every attempt at a problem is counted, a rubric's greedy attempt and three samples, and a judge's retry.
+    Every attempt at a problem is counted, a rubric's two greedy attempts and three samples, and a judge's retry. The
+    gate and what a rubric is tried on cost little beside these.
     """
-    work, attempts, answers = work_of(cfg), cfg.documents * cfg.tries, cfg.documents * cfg.group_size
+    work, taken = work_of(cfg), cfg.documents_taken
+    attempts, answers, trained = taken * cfg.tries, taken * cfg.group_size, cfg.documents * cfg.group_size
     rounds = math.ceil(cfg.tries / cfg.tries_at_once)
-    tried = cfg.problem_tokens + min(3, cfg.tries_at_once) * cfg.reference_tokens
+    tried = cfg.problem_tokens + cfg.reference_tokens
     judge, update = work["judge"], work["update"]
     if cfg.judge != "logits":  # one retry
         judged = (2 * answers * judge.prompt, 2 * answers * judge.new)
-    else:  # a row for each criterion, its beginning read once for all answers
-        judged = (judge.beginnings * (judge.prompt - judge.rest) + answers * cfg.max_criteria * judge.rest, 0)
+    else:  # a row for each criterion, its beginning read once for all answers of a batch
+        pieces = math.ceil(cfg.group_size / max(1, cfg.rollout_tokens // judge.prompt))  # of a group too large for one
+        beginnings = taken * cfg.max_criteria * pieces
+        judged = (beginnings * (judge.prompt - judge.rest) + answers * cfg.max_criteria * judge.rest, 0)
     rows = cfg.documents * math.ceil(cfg.group_size / update.n)
     return {
-        "propose": ((cfg.documents * rounds + attempts) * work["propose"].prompt, attempts * tried),
-        "solve": (cfg.documents * work["solve"].prompt, answers * cfg.max_new_tokens),
-        "rubric": (2 * cfg.documents * work["rubric"].prompt, 4 * cfg.documents * work["rubric"].new),
+        "propose": ((taken * rounds + attempts) * work["propose"].prompt, attempts * tried),
+        "solve": (taken * work["solve"].prompt, answers * cfg.max_new_tokens),
+        "rubric": (3 * taken * work["rubric"].prompt, 5 * taken * work["rubric"].new),
         "judge": judged,
-        "update": (rows * update.prompt + answers * cfg.max_new_tokens, answers * cfg.max_new_tokens),
+        "update": (rows * update.prompt + trained * cfg.max_new_tokens, trained * cfg.max_new_tokens),
     }
 
 
@@ -430,17 +444,20 @@ def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = No
     corpus = cfg.corpus or f"the hub corpus of {cfg.task}"
     trained = f"LoRA r={cfg.lora_r} trains {shapes.lora_params(cfg.lora_r) / 1e6:.1f} M"
     length = f"up to {cfg.max_words:,} words (about {round(cfg.max_words * TOKENS_PER_WORD):,} tokens)"
+    kept = f", {cfg.documents} of them trained on," if cfg.documents_taken > cfg.documents else ""
     lines = [
         f"model      {cfg.model}: {shapes.params / 1e9:.2f} B parameters in {cfg.load_in}, {trained}",
-        f"documents  {cfg.documents} a step from {corpus}, {length}; {cfg.steps} steps",
+        f"documents  {cfg.documents_taken} a step{kept} from {corpus}, {length}; {cfg.steps} steps",
         "",
         "a step, at most      tokens read   written   memory GiB   seconds",
         f"  load{memory['load'] / GIB:47.1f}",
     ]
-    for role, (read, written) in tokens_of(cfg).items():
+    tokens = tokens_of(cfg)
+    for role in in_use(cfg):
+        read, written = tokens[role]
         time_of = f"{seconds[role]:10.0f}" if seconds else f"{'?':>10}"
         lines.append(f"  {role:<20}{read:>11,}{written:>10,}{memory[role] / GIB:10.1f}{time_of}")
-    top = max(memory.values()) / GIB
+    top = max(memory[role] for role in ("load", *in_use(cfg))) / GIB
     card = next((f"fits a {size} GB card" for size, limit in CARDS.items() if top <= limit), "fits no card listed")
     fits = card if device == "cuda" else "must be free"
     lines += ["", f"Memory on {device} is arithmetic, not measured. Its peak, {top:.1f} GiB, {fits}."]

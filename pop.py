@@ -9,15 +9,17 @@ Shape letters as in model.py: B rows, T tokens of a row, N completion tokens of 
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import random
+import shlex
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -55,6 +57,11 @@ class Config:
     """The run folder; empty: a new one under runs/."""
     resume: str = ""
     """Go on with the run in this folder, from its newest whole checkpoint and with its own configuration."""
+    synthesize: bool = False
+    """Train nothing: only write down the base model's problems, answers, rubrics and grades, for --replay answers.
+    `python pop.py synthesize` is short for it."""
+    documents_total: int = 0
+    """Documents that synthesize takes."""
     dry_run: bool = False
     """Print the plan (tokens, memory) and stop, before anything is downloaded or loaded."""
     seed: int = 0
@@ -125,7 +132,8 @@ class Config:
     episodes: str = ""
     """A file of recorded episodes (a run's episodes.jsonl): its problems and rubrics are taken, none are written."""
     replay: Literal["problems", "answers"] = "problems"
-    """What is taken from recorded episodes. answers: their answers and ratings too, so that nothing is generated."""
+    """What is taken from recorded episodes. answers: their answers and ratings too, so that nothing is generated; by
+    default once through the file, without audit or evaluation."""
     proposer_document: bool = True
     """Without it the proposer is given a word of the document, its topic, and no more."""
     rubric: Literal["written", "generic", "holistic"] = "written"
@@ -234,6 +242,21 @@ class Config:
         for name in ("temperature", "lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        if not 1 <= self.oversample < math.inf:
+            raise UserError(f"--oversample {self.oversample}: must be at least 1, which is no oversampling")
+        if self.replay == "answers" and not self.episodes:
+            raise UserError("--replay answers: give --episodes too, the file with the answers")
+        if self.synthesize and (self.documents_total < 1 or self.replay == "answers"):
+            raise UserError("synthesize: give --documents-total N, at least 1, and no --replay answers")
+        if self.documents_total and not self.synthesize:
+            raise UserError(f"--documents-total {self.documents_total}: is for synthesize; a run has --steps")
+
+    @property
+    def documents_taken(self) -> int:
+        """Documents of a step, of which those of `documents` groups are trained on."""
+        if self.synthesize or self.replay == "answers":
+            return self.documents
+        return math.ceil(round(self.documents * self.oversample, 6))  # 50 x 1.1 is a little more than 55
 
 
 # What a task needs besides, where the preset does not say it.
@@ -276,7 +299,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_documents=3,
     ),
     # Fits in fp32 too, for cards without bf16.
-    "16gb": dict(rollout_tokens=8_192, update_tokens=1_536, rubric_answers=4),
+    "16gb": dict(rollout_tokens=8_192, update_tokens=2_048, rubric_answers=3),
     "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
     "48gb": dict(group_size=16, rollout_tokens=131_072, update_tokens=12_288),
 }
@@ -302,7 +325,22 @@ def parse_args(argv: Sequence[str]) -> Config:
     if not helped:
         print(f"preset {preset}: {why}")
     default = Config(**{**TASKS.get(given.task, {}), **PRESETS.get(preset, {}), "preset": preset})  # type: ignore[arg-type]
-    return tyro.cli(Config, args=list(argv), default=default)
+    cfg = tyro.cli(Config, args=list(argv), default=default)
+    if usual := defaults_besides(cfg):
+        cfg = tyro.cli(Config, args=list(argv), default=replace(cfg, **usual))
+    if cfg.synthesize and cfg.steps != usual["steps"]:
+        raise UserError(f"--steps {cfg.steps}: synthesize takes --documents-total instead")
+    return cfg
+
+
+def defaults_besides(cfg: Config) -> dict[str, Any]:
+    """Those of a run that only plays or only trains, which depend on other flags."""
+    if cfg.synthesize:
+        return {"eval_every": 0, "steps": math.ceil(cfg.documents_total / cfg.documents)}
+    if cfg.replay == "answers" and Path(cfg.episodes).is_file():  # in a sweep it is yet to be written
+        groups = len(heldout.recording(cfg).episodes)
+        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)}
+    return {}
 
 
 def parse_resumed(argv: Sequence[str], run: Path) -> Config:
@@ -340,11 +378,20 @@ def play(
         episodes = heldout.replayed(documents, cfg)
     else:
         episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, rng))
-    phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
-    phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
-    phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
+    if cfg.replay == "problems":
+        phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
+        phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
+        phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
+        phase("rubric", lambda: rubric.check_rubrics(llm, alive(episodes), cfg), episodes)
     grade(alive(episodes), cfg)
+    keep_widest(episodes, cfg.documents)
     return episodes
+
+
+def keep_widest(episodes: Sequence[Episode], n: int) -> None:
+    """Drop all but the n groups whose rewards differ most; of equals the first are kept."""
+    for e in sorted(alive(episodes), key=runlog.group_std, reverse=True)[n:]:
+        e.drop = "group/oversampled"
 
 
 def grade(episodes: Sequence[Episode], cfg: Config) -> None:
@@ -391,6 +438,9 @@ def grpo_loss(
     All tensors (N,). `total` is of the whole update, see `normaliser`, so that micro-batches of any size add up to
     the same gradient. The KL term is the k3 estimate, for DPO a metric alone. Also returns sums over the tokens, for
     the metrics.
+
+    The mean of k3 over tokens of the policy is KL(policy || ref), but the mean of its gradient is that of
+    KL(ref || policy): the tokens drawn depend on the policy too. The ratio, whose gradient says so, corrects that.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
@@ -400,7 +450,7 @@ def grpo_loss(
         difference = ref_logps - logps
         kl = difference.exp() - difference - 1
         if cfg.loss != "dpo":  # whose own loss keeps the policy near the reference
-            loss = loss + cfg.kl_coef * kl
+            loss = loss + cfg.kl_coef * (ratio * kl if cfg.kl_correction else kl)
         sums["kl"] = kl.sum().item()
     return (loss / total).sum(), sums
 
@@ -431,23 +481,32 @@ MicroBatch = list[list[Sample]]  # rows; those of a row have one prompt, which i
 
 
 def samples_of(episodes: Sequence[Episode], cfg: Config) -> list[list[Sample]]:
-    """The answers of each group that are trained on, in their order."""
-    return [
-        [Sample(e.prompt_ids, a.ids, a.advantage) for a in chosen] for e in episodes if (chosen := trained_on(e, cfg))
-    ]
+    """The answers of each group that are trained on, in their order, their advantages around 0."""
+    groups = []
+    for e in episodes:
+        if chosen := trained_on(e, cfg):
+            mean = statistics.fmean(a.advantage for a in chosen)
+            groups.append([Sample(e.prompt_ids, a.ids, a.advantage - mean) for a in chosen])
+    return groups
 
 
 def trained_on(episode: Episode, cfg: Config) -> list[Answer]:
-    """All answers of a group or, for extremes and DPO, the best and worst. For DPO the best is the first."""
+    """All answers of a group or, for extremes and DPO, the best and worst. For DPO the best is the first, and where
+    several are tied it is the pair closest in length."""
     ranked = sorted(episode.answers, key=lambda a: a.reward or 0.0)
     if cfg.loss == "dpo":
-        best, worst = ranked[-1], ranked[0]
-        apart = abs(len(best.text.split()) - len(worst.text.split()))
-        return [best, worst] if apart <= cfg.dpo_words_apart else []
+        best, worst = ([a for a in ranked if a.reward == end.reward] for end in (ranked[-1], ranked[0]))
+        pair = min(itertools.product(best, worst), key=words_apart)
+        return list(pair) if words_apart(pair) <= cfg.dpo_words_apart else []
     if 0 < 2 * cfg.extremes < len(ranked):
         chosen = [id(a) for a in ranked[: cfg.extremes] + ranked[-cfg.extremes :]]
         return [a for a in episode.answers if id(a) in chosen]
     return episode.answers
+
+
+def words_apart(pair: tuple[Answer, Answer]) -> int:
+    one, other = (len(a.text.split()) for a in pair)
+    return abs(one - other)
 
 
 def dpo_weights(pairs: Sequence[Sequence[Sample]], cfg: Config) -> float:
@@ -500,12 +559,13 @@ def update(
     total = sum(len(sample.completion) for sample in samples)
     sums: dict[str, float] = defaultdict(float)
     norm, lr, skipped = 0.0, 0.0, 0
+    temperature = 1.0 if cfg.loss == "dpo" else cfg.temperature  # DPO compares models, however it was sampled
 
     def logps(part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         ids, segments = segments_of([(row[0].prompt, [s.completion for s in row]) for row in part], llm.pad_id)
         answers = len(in_order(part))
         llm.batch = (answers, ids.numel() // answers)
-        return llm.logps(ids, segments, cfg.temperature)  # each (N,), in the order of in_order(part)
+        return llm.logps(ids, segments, temperature)  # each (N,), in the order of in_order(part)
 
     def in_order(part: MicroBatch) -> list[Sample]:
         return [sample for row in part for sample in row]
@@ -663,11 +723,12 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             for step in range(progress["step"] + 1, cfg.steps + 1):
                 seconds.clear()
                 llm.model.eval()
-                batch = [next(documents) for _ in range(cfg.documents)]
+                left = cfg.documents_total - progress["documents"] if cfg.synthesize else cfg.documents_taken
+                batch = [next(documents) for _ in range(min(left, cfg.documents_taken))]
                 episodes = play(llm, batch, cfg, rng, phase)
                 with signals.held():
                     trained: dict[str, float | None] = {}
-                    if alive(episodes):
+                    if alive(episodes) and not cfg.synthesize:
                         with timed("update"):
                             trained = update(llm, optimizer, scheduler, alive(episodes), cfg, progress)
                     consumed = progress["documents"] + len(batch)
@@ -690,7 +751,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                     if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
                         checkpoint.save(run, state, cfg.keep)
                     tqdm.write(runlog.one_line(metrics, cfg))
-                    if step == 1:
+                    if step == 1 and trained and cfg.loss != "dpo":
                         tqdm.write(
                             "  (the loss stays near 0: on-policy, advantages cancel within a group. "
                             "Watch reward, length, kl.)"
@@ -734,14 +795,17 @@ def main(argv: Sequence[str]) -> int:
         import sweep  # which imports this file
 
         return sweep.main(argv[1:])
+    if argv[:1] == ["synthesize"]:
+        argv = ["--synthesize", *argv[1:]]
     cfg = parse_args(argv)
     if cfg.dry_run:
         print(plan.plan(cfg))
         return 0
     corpus = open_corpus(cfg)
-    next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
+    if not cfg.episodes or cfg.audit or cfg.eval_every:
+        next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     if cfg.episodes:
-        heldout.recording(cfg.episodes)
+        heldout.recording(cfg)
     llm = load(
         cfg.model,
         load_in=cfg.load_in,
@@ -753,20 +817,41 @@ def main(argv: Sequence[str]) -> int:
         cuda_graph=cfg.cuda_graph,
         recompute=cfg.recompute,
     )
-    check_context(llm, cfg)
+    if cfg.replay == "answers":
+        heldout.check_tokens(llm, cfg)
+    else:
+        check_context(llm, cfg)
     run = run_folder(cfg)
-    answers = cfg.documents * cfg.group_size
-    source = f"problems and rubrics from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
+    replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
+    source = f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
-    print(f"{cfg.steps} steps x {cfg.documents} documents x {cfg.group_size} answers = {cfg.steps * answers} answers")
+    print(amount(cfg))
     try:
         with checkpoint.locked(run):
             train(llm, corpus, cfg, run)
     except (Interrupted, Unreachable) as why:
         print(f"\n{why}: the run is saved and resumable with: python pop.py --resume {run}")
         return faults.RESUMABLE
-    print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
+    if cfg.synthesize:
+        same = shlex.join(["--preset", cfg.preset, "--task", cfg.task, "--model", cfg.model])
+        print(
+            f"done: {run}/episodes.jsonl; to train on it, with the flags of this run:\n  python pop.py {same} "
+            f"--episodes {shlex.quote(str(run))}/episodes.jsonl --replay answers --loss dpo"
+        )
+    else:
+        print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
     return 0
+
+
+def amount(cfg: Config) -> str:
+    """What the run is about to do, in one line."""
+    steps, taken, answers = cfg.steps, cfg.documents_taken, cfg.group_size
+    if cfg.synthesize:
+        return f"{cfg.documents_total} documents x {answers} answers in {steps} steps, and nothing is trained"
+    if cfg.replay == "answers":
+        return f"{steps} steps x {taken} recorded groups, of {len(heldout.recording(cfg).episodes)} in the file"
+    kept = f", of which each step trains on {cfg.documents} groups" if taken > cfg.documents else ""
+    return f"{steps} steps x {taken} documents x {answers} answers = {steps * taken * answers:,} answers{kept}"
 
 
 def open_corpus(cfg: Config) -> Corpus:

@@ -964,6 +964,8 @@ def criterion_line(criterion: Criterion, gold: bool = True) -> str:
 def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
     """Ratings in [0, 2] for every answer; an answer that the judge's text gives none for keeps `ratings` None."""
     pairs = [(e, a) for e in episodes for a in [*e.answers, *e.controls]]
+    for _, a in pairs:
+        a.ratings, a.thoughts = None, []  # a rubric may have been written once more
     with role(llm, cfg):
         if cfg.judge == "logits":
             judge_by_logits(llm, pairs, cfg)

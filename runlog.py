@@ -52,7 +52,9 @@ def metrics(
         "guards": {name: sum(name in a.guards for a in answers) for name in guards.NAMES},
         **{name: evaluated.get(name) for name in heldout.METRICS},
         **{name: trained.get(name) for name in TRAINED},
-        "solve_tokens_per_second": sum(len(a.ids) for a in sampled) / seconds["solve"] if sampled else None,
+        "solve_tokens_per_second": sum(len(a.ids) for a in sampled) / seconds["solve"]
+        if sampled and "solve" in seconds
+        else None,
         "seconds": dict(seconds),
     }
 

@@ -69,7 +69,7 @@ def played(llm=None, **flags):
     """(prompts by role, the episode) of one round of self-play on one document."""
     llm = llm or Speaker()
     cfg = replace(Config(group_size=2, rubric_answers=2, tries=1), **flags)
-    document = next(iter(heldout.recording(cfg.episodes))) if cfg.episodes else DOCUMENT
+    document = next(iter(heldout.recording(cfg))) if cfg.episodes else DOCUMENT
     (episode,) = pop.play(llm, [document], cfg, random.Random(0))
     assert episode.drop in (None, "group/zero spread")
     return llm.prompts, episode
@@ -238,9 +238,9 @@ def test_without_guards_the_reward_is_the_grade():
 # --------------------------------------------------------------------------------------------------- losses
 
 
-def naive_logps(llm, e, a, cfg):
+def naive_logps(llm, e, a):
     row = torch.tensor([e.prompt_ids + a.ids])
-    logits = llm.model(input_ids=row).logits[0, -len(a.ids) - 1 : -1] / cfg.temperature
+    logits = llm.model(input_ids=row).logits[0, -len(a.ids) - 1 : -1]
     return logits.log_softmax(-1)[range(len(a.ids)), a.ids]
 
 
@@ -258,7 +258,7 @@ def test_each_loss_equals_its_definition_in_float64(loss, update_tokens):
     episodes = [group(llm, [0.1, 0.9, 0.4], seed=1), group(llm, [0.7, 0.2], seed=2, prompt="Why not?")]
     got = gradients(llm, episodes, cfg)
     llm.model.double()
-    terms = [(a.advantage * naive_logps(llm, e, a, cfg)) for e in episodes for a in e.answers]
+    terms = [(a.advantage * naive_logps(llm, e, a)) for e in episodes for a in e.answers]
     by_definition = {
         "dapo": -torch.cat(terms).mean(),  # every token weighs the same
         "grpo": -torch.stack([t.mean() for t in terms]).mean(),  # every answer weighs the same
@@ -273,9 +273,9 @@ def dpo_by_definition(llm, episodes, cfg):
     losses, k3 = [], []
     for e in episodes:
         best, worst = (f(e.answers, key=lambda a: a.reward) for f in (max, min))
-        tokens = [naive_logps(llm, e, a, cfg) for a in (best, worst)]
+        tokens = [naive_logps(llm, e, a) for a in (best, worst)]
         with torch.no_grad(), llm.adapters_off():
-            ref_tokens = [naive_logps(llm, e, a, cfg) for a in (best, worst)]
+            ref_tokens = [naive_logps(llm, e, a) for a in (best, worst)]
         policy, ref = ([logps.sum() for logps in each] for each in (tokens, ref_tokens))
         k3 += [(r - p).exp() - (r - p) - 1 for p, r in zip(tokens, ref_tokens, strict=True)]
         losses.append(-torch.nn.functional.logsigmoid(cfg.dpo_beta * ((policy[0] - ref[0]) - (policy[1] - ref[1]))))
@@ -284,9 +284,10 @@ def dpo_by_definition(llm, episodes, cfg):
 
 @pytest.mark.parametrize("update_tokens", [20, 10_000])
 @pytest.mark.parametrize("beta", [0.01, 0.5])
-def test_dpo_equals_its_definition_in_float64(beta, update_tokens):
+def test_dpo_equals_its_definition_in_float64_whatever_the_temperature_of_sampling(beta, update_tokens):
     llm = tiny_llm()
-    cfg = replace(UPDATE, loss="dpo", dpo_beta=beta, update_tokens=update_tokens, kl_coef=9.0)  # has no part in it
+    cfg = replace(UPDATE, loss="dpo", dpo_beta=beta, update_tokens=update_tokens, temperature=0.7)
+    cfg = replace(cfg, kl_coef=9.0)  # has no part in it
     episodes = [group(llm, [0.1, 0.9, 0.4], seed=1), group(llm, [0.7, 0.2, 0.3, 0.6], seed=2, prompt="Why not?")]
     optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.0)
     metrics = pop.update(llm, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), episodes, cfg)
@@ -323,13 +324,28 @@ def test_dpo_leaves_out_pairs_whose_lengths_differ_too_much(llm):
     assert pop.samples_of([e], cfg) == [] and gradients(llm, [e], cfg) == []  # and the update goes on without
 
 
-def test_extremes_train_on_the_best_and_worst_answers_with_the_advantages_of_the_whole_group(llm):
-    cfg = replace(UPDATE, kl_coef=0.0)
+def test_of_tied_answers_dpo_takes_the_pair_closest_in_length(llm):
+    e = group(llm, [0.9, 0.1, 0.9, 0.5, 0.1, 0.9])
+    for answer, words in zip(e.answers, [60, 10, 25, 30, 29, 40], strict=True):
+        answer.text = "word " * words
+    pair = pop.trained_on(e, replace(UPDATE, loss="dpo", dpo_words_apart=4))
+    assert pair == [e.answers[2], e.answers[4]]
+    assert pop.trained_on(e, replace(UPDATE, loss="dpo", dpo_words_apart=3)) == []
+
+
+def test_extremes_train_on_the_best_and_worst_answers(llm):
     whole = group(llm, [0.5, 0.9, 0.1, 0.4, 0.6, 0.2])
-    some = replace(whole, answers=[whole.answers[i] for i in (1, 2, 4, 5)])
-    for mine, naive in zip(gradients(llm, [whole], replace(cfg, extremes=2)), gradients(llm, [some], cfg), strict=True):
-        torch.testing.assert_close(mine, naive)
-    assert pop.samples_of([whole], replace(cfg, extremes=3)) == pop.samples_of([whole], cfg)
+    (chosen,) = pop.samples_of([whole], replace(UPDATE, extremes=2))
+    assert [sample.completion for sample in chosen] == [whole.answers[i].ids for i in (1, 2, 4, 5)]
+    assert pop.samples_of([whole], replace(UPDATE, extremes=3)) == pop.samples_of([whole], UPDATE)
+
+
+def test_the_advantages_of_extremes_are_around_the_mean_of_those_chosen(llm):
+    e = group(llm, [0.0, 0.1, 0.2, 1.0, 1.0, 1.0])  # whose own mean is 0.55, that of the best and the worst two 0.525
+    (chosen,) = pop.samples_of([e], replace(UPDATE, extremes=2))
+    assert [sample.advantage for sample in chosen] == pytest.approx([-0.525, -0.425, 0.475, 0.475])
+    (one,) = pop.samples_of([group(llm, [0.0, 0.1, 1.0])], replace(UPDATE, extremes=1))
+    assert [sample.advantage for sample in one] == pytest.approx([-0.5, 0.5])
 
 
 # --------------------------------------------------------------------------------------------------- replay
@@ -365,7 +381,7 @@ def test_a_rubric_of_another_way_of_writing_is_written_anew_for_the_replayed_pro
 
 
 def test_a_replay_goes_through_the_episodes_with_a_rubric_over_and_over(recorded):
-    documents = iter(heldout.recording(recorded))
+    documents = iter(heldout.recording(Config(episodes=recorded)))
     batch = [next(documents) for _ in range(5)]
     assert [document.id for document in batch] == ["tides", "other", "tides", "tides", "other"]
     problems = [e.problem for e in heldout.replayed(batch, Config(episodes=recorded))]
@@ -420,6 +436,7 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
 def test_a_replay_of_held_out_documents_alone_is_refused(recorded):
     held_out = [Episode(DOCUMENT), Episode(Document("other", "Another document."))]
     assert heldout.source("the corpus", Config(), held_out) == "the corpus"
-    assert heldout.source("the corpus", Config(episodes=recorded), held_out[:1]) is heldout.recording(recorded)
+    cfg = Config(episodes=recorded)
+    assert heldout.source("the corpus", cfg, held_out[:1]) is heldout.recording(cfg)
     with pytest.raises(UserError, match="all its documents are held out in this run"):
         heldout.source("the corpus", Config(episodes=recorded), held_out)

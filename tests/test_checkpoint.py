@@ -49,10 +49,22 @@ def resume(run, **options) -> int:
 # ------------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize(("once", "now"), [(True, "on"), (False, "off"), ("auto", "auto")])
-def test_the_configuration_of_a_run_from_when_dequantize_was_yes_or_no_is_still_read(tmp_path, once, now):
-    (tmp_path / "config.json").write_text(json.dumps({"dequantize": once}))
-    assert checkpoint.stored_config(tmp_path) == {"dequantize": now}
+@pytest.mark.parametrize(
+    ("once", "now"),
+    [
+        ({"dequantize": True}, {"dequantize": "on"}),
+        ({"dequantize": False}, {"dequantize": "off"}),
+        ({"dequantize": "auto"}, {"dequantize": "auto"}),
+        ({"task": "general"}, {"task": "instructions"}),
+        ({"task": "health"}, {"task": "health"}),
+        ({"own_words": True}, {"crutches": True}),
+        ({"own_words": False}, {"crutches": False}),
+    ],
+)
+def test_the_configuration_of_an_older_run_is_read_by_the_names_of_today(tmp_path, once, now):
+    (tmp_path / "config.json").write_text(json.dumps(once))
+    assert checkpoint.stored_config(tmp_path) == now
+    assert pop.parse_args(["--resume", str(tmp_path)]) == pop.Config(**now, resume=str(tmp_path))
 
 
 def test_a_run_killed_twelve_times_equals_the_uninterrupted_one(model, reference, tmp_path):

@@ -13,14 +13,14 @@ import transformers
 import plan
 from data import UserError
 from plan import CONTEXT, GIB, KNOWN, Batch, PeakMemory, Shapes, predict, shapes_of, work_of
-from pop import PRESETS, Config
+from pop import PRESETS, TASKS, Config
 
 QWEN_7B = KNOWN["Qwen/Qwen2.5-7B"]
 TINY = Shapes(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=48, vocab=64, tied=True)
 
 
-def config_of(preset: str) -> Config:
-    return Config(**{"preset": preset} | PRESETS[preset])
+def config_of(preset: str, task: str = "instructions") -> Config:
+    return Config(**{"preset": preset, "task": task} | TASKS.get(task, {}) | PRESETS[preset])
 
 
 def tiny_llama() -> transformers.LlamaForCausalLM:
@@ -148,13 +148,38 @@ def test_a_model_of_another_kind_is_a_user_error(tmp_path: Path):
         shapes_of(str(tmp_path))
 
 
-def test_24gb_preset_fits_20_gib_in_every_phase():
-    cfg = config_of("24gb")
-    assert (cfg.group_size, cfg.documents, cfg.max_new_tokens) == (8, 4, 768)
-    for judge in ("generate", "logits"):
-        memory = predict(shapes_of(cfg.model), work_of(replace(cfg, judge=judge)), device="cuda")
-        assert set(memory) == {"load", "propose", "solve", "rubric", "judge", "update"}
-        assert max(memory.values()) <= 20 * GIB, memory
+@pytest.mark.parametrize("judge", ["generate", "each", "logits"])
+@pytest.mark.parametrize(("task", "tokens"), [("instructions", 1_024), ("health", 1_024), ("writing", 2_048)])
+def test_24gb_preset_fits_20_gib_in_every_phase_of_every_task(task: str, tokens: int, judge: str):
+    cfg = config_of("24gb", task)
+    assert (cfg.group_size, cfg.documents, cfg.documents_taken, cfg.max_new_tokens) == (8, 16, 24, tokens)
+    memory = predict(shapes_of(cfg.model), work_of(replace(cfg, judge=judge)), device="cuda")
+    assert set(memory) == {"load", "propose", "solve", "rubric", "judge", "update"}
+    assert max(memory.values()) <= 20 * GIB, memory
+
+
+def test_all_but_the_update_see_the_documents_that_a_step_takes():
+    cfg = replace(config_of("24gb"), rollout_tokens=10**9, update_tokens=10**6, documents=4, oversample=1.5)
+    work = work_of(cfg)
+    assert {role: batch.prompts for role, batch in work.items()} == {
+        "propose": 6,
+        "solve": 6,
+        "rubric": 6,
+        "judge": 6 * 8,
+        "update": 4,
+    }
+    plain, more = (plan.tokens_of(replace(cfg, oversample=times)) for times in (1.0, 1.5))
+    assert {role: more[role][0] / plain[role][0] for role in plain} == {**dict.fromkeys(plain, 1.5), "update": 1.0}
+
+
+def test_the_logits_judge_holds_the_beginnings_of_one_batch_at_a_time():
+    cfg = replace(config_of("24gb"), judge="logits", documents=2, oversample=1.0)
+    few, many = (work_of(replace(cfg, documents=n))["judge"] for n in (2, 200))
+    # 49,152 tokens are 24 rows of 762 + 250 + 1,024, or 3 groups of 8 answers that begin alike.
+    assert few == many and (many.prompt, many.beginnings, many.rest) == (2_036, 3, 1_024 + plan.QUESTION)
+    # In 4,096 there is room for two rows: a group is read in four pieces, its beginning in each.
+    small, large = (plan.tokens_of(replace(cfg, rollout_tokens=n))["judge"][0] for n in (4_096, 49_152))
+    assert small - large == 3 * 2 * 5 * (many.prompt - many.rest)
 
 
 def test_48gb_preset_fits_44_gib_in_every_phase():
@@ -210,13 +235,15 @@ def test_no_batch_exceeds_its_token_budget(preset: str):
 def test_the_plan_says_what_it_will_do_and_that_memory_is_arithmetic():
     text = plan.plan(config_of("24gb"))
     assert "7.62 B parameters in 4bit, LoRA r=32 trains 80.7 M" in text
-    assert "24,576" in text  # 4 documents x 8 answers x 768 tokens
+    assert "24 a step, 16 of them trained on, from" in text
+    assert "196,608" in text and "131,072" in text  # 24 and 16 documents x 8 answers x 1,024 tokens
     assert "fits a 16 GB card" in text and "out of 4 bits" not in text
     assert "arithmetic, not measured" in text
 
 
 def test_tokens_of_a_step_are_counted_over_every_try_and_answer():
-    cfg = replace(config_of("24gb"), documents=2, tries=3, group_size=4, max_new_tokens=10, judge="logits")
+    cfg = replace(config_of("24gb"), documents=2, oversample=1.0, tries=3, group_size=4, judge="logits")
+    cfg = replace(cfg, max_new_tokens=10)
     counted = plan.tokens_of(cfg)
     written = {role: tokens for role, (_, tokens) in counted.items()}
     judge, update = work_of(cfg)["judge"], work_of(cfg)["update"]
@@ -227,7 +254,7 @@ def test_tokens_of_a_step_are_counted_over_every_try_and_answer():
     assert written == {
         "propose": 2 * 3 * problem_and_reference,
         "solve": 80,
-        "rubric": 2 * (1 + 3) * 5 * 100,  # greedy, then three samples
+        "rubric": 2 * (1 + 3) * 5 * 250,  # greedy, then three samples
         "judge": 0,
         "update": 80,
     }

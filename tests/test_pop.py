@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+import statistics
 import sys
 import types
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import tiny_llm
 
+import faults
 import pop
 from data import Document, UserError
 from pop import Config
@@ -73,6 +75,30 @@ def test_unreadable_grades_drop_the_answer_and_are_never_scored_zero():
     assert [a.advantage for a in episode.answers] == [0.25, -0.25]
 
 
+def spread_out(*rewards) -> Episode:
+    answers = [Answer("x", [1], reward=r) for r in rewards]
+    return Episode(Document("d", ""), answers=answers)
+
+
+def test_of_more_groups_those_with_the_widest_rewards_are_kept_in_the_order_of_documents():
+    wide, flat, lost, wider, none = (
+        *(spread_out(0.2, 0.8), spread_out(0.4, 0.6), spread_out(0.0, 1.0)),
+        *(spread_out(0.0, 0.9, 0.0, 0.9), spread_out(0.5, 0.5)),
+    )
+    lost.drop = "rubric/no complete criterion"
+    episodes = [wide, flat, lost, wider, none]
+    pop.keep_widest(episodes, 2)
+    assert pop.alive(episodes) == [wide, wider]
+    assert [e.drop for e in (flat, lost, none)] == ["group/oversampled", lost.drop, "group/oversampled"]
+    assert faults.yields(episodes) == {"proposer": 1.0, "rubric": 0.8, "judge": 1.0}  # no role has failed on them
+
+
+def test_of_groups_with_equal_spread_the_first_are_kept():
+    episodes = [spread_out(0.1, 0.9), spread_out(0.5, 0.6), spread_out(0.9, 0.1), spread_out(0.1, 0.9)]
+    pop.keep_widest(episodes, 2)
+    assert [e.drop is None for e in episodes] == [True, False, True, False]
+
+
 def test_group_with_fewer_than_two_readable_answers_is_dropped():
     answers = [Answer("x", [1], ratings=[2.0]), Answer("y", [1], ratings=None)]
     episode = Episode(Document("a", ""), answers=answers, rubric=RUBRIC)
@@ -92,20 +118,40 @@ def test_length_penalty_scales_the_reward_of_long_answers_only():
 # --------------------------------------------------------------------------------------------------------- loss
 
 
-def test_loss_and_gradient_of_a_hand_worked_case():
+@pytest.mark.parametrize(("corrected", "slope"), [(True, -math.log(2.0)), (False, -1.0)])
+def test_loss_and_gradient_of_a_hand_worked_case(corrected, slope):
     # Ratios 1.5, 0.5, 1.0 with clip range [0.8, 1.28]. Token 1, A=+1: min(1.5, 1.28) = 1.28, clipped, no gradient.
     # Token 2, A=-1: min(-0.5, -0.8) = -0.8, clipped, no gradient. Token 3, A=+2: 2.0, gradient of the loss -2.
-    # k3 against ref = logp + ln 2 for token 3 only: 2 - ln 2 - 1; its gradient 1 - 2 = -1. Total 4 tokens.
+    # k3 against ref = logp + ln 2 for token 3 only: 2 - ln 2 - 1; its gradient 1 - 2 = -1, and times the ratio, 1, that
+    # of the ratio more: -1 + 1 - ln 2. Total 4 tokens.
     logps = torch.tensor([math.log(1.5), math.log(0.5), 0.0], dtype=torch.float64, requires_grad=True)
     old = torch.zeros(3, dtype=torch.float64)
     ref = logps.detach() + torch.tensor([0.0, 0.0, math.log(2.0)])
-    cfg = replace(CFG, clip_low=0.2, clip_high=0.28, kl_coef=0.1)
+    cfg = replace(CFG, clip_low=0.2, clip_high=0.28, kl_coef=0.1, kl_correction=corrected)
     loss, sums = pop.grpo_loss(logps, old, ref, torch.tensor([1.0, -1.0, 2.0]), 4, cfg)
     loss.backward()
     kl = 1 - math.log(2.0)
     assert loss.item() == pytest.approx((-1.28 + 0.8 - 2.0 + 0.1 * kl) / 4)
-    assert logps.grad.tolist() == pytest.approx([0.0, 0.0, (-2.0 - 0.1) / 4])
+    assert logps.grad.tolist() == pytest.approx([0.0, 0.0, (-2.0 + 0.1 * slope) / 4])
     assert sums["clipped"] == 2 and sums["kl"] == pytest.approx(kl)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_expected_gradient_of_the_kl_term_is_that_of_the_kl_it_estimates(corrected):
+    """Exact: the mean over all tokens of a small vocabulary, each as probable as the policy makes it."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    p, ref = logits.log_softmax(-1), torch.randn(7, dtype=torch.float64).log_softmax(-1)
+    cfg = replace(CFG, kl_coef=1.0, kl_correction=corrected)
+    none, expected = torch.zeros(1, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    for token in range(7):
+        logp = p[token : token + 1]
+        loss, _ = pop.grpo_loss(logp, logp.detach(), ref[token : token + 1], none, 1, cfg)
+        (slope,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        expected += p[token].exp().item() * slope
+    exact = (p.exp() * (p - ref)).sum() if corrected else (ref.exp() * (ref - p)).sum()
+    (wanted,) = torch.autograd.grad(exact, logits)
+    torch.testing.assert_close(expected, wanted)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -114,6 +160,7 @@ def test_update_equals_a_naive_float64_version(seed):
     rng = random.Random(seed)
     llm = tiny_llm(seed)
     cfg = replace(CFG, temperature=rng.choice([0.7, 1.0, 1.3]), kl_coef=rng.choice([0.0, 0.05]), update_tokens=10_000)
+    cfg = replace(cfg, kl_correction=rng.random() < 0.5)
     episodes = [
         group(llm, [rng.random() for _ in range(rng.randint(2, 5))], seed=seed * 10 + i, prompt="Why" + "?" * i)
         for i in range(rng.randint(1, 3))
@@ -136,7 +183,10 @@ def test_update_equals_a_naive_float64_version(seed):
             if cfg.kl_coef:
                 with torch.no_grad(), llm.adapters_off():
                     ref = completion_logps()
-                loss = loss + cfg.kl_coef * ((ref - logps).exp() - (ref - logps) - 1).sum() / total
+                k3 = (ref - logps).exp() - (ref - logps) - 1
+                if cfg.kl_correction:
+                    k3 = k3 * (logps - logps.detach()).exp()
+                loss = loss + cfg.kl_coef * k3.sum() / total
     wanted = torch.autograd.grad(loss, pop.trainable(llm))
     for mine, naive in zip(got, wanted, strict=True):
         assert (mine - naive).norm() < 1e-4 * naive.norm() + 1e-9
@@ -257,6 +307,30 @@ def test_a_run_leaves_config_metrics_episodes_and_an_adapter(played, tmp_path, c
     assert "step 2/2" in printed and "criterion" in printed
 
 
+def test_an_oversampled_step_plays_more_documents_than_it_trains_on(played, tmp_path, monkeypatch, capsys):
+    trained, real = [], pop.update
+    monkeypatch.setattr(pop, "update", lambda *given: trained.append([e.problem for e in given[3]]) or real(*given))
+    run = tmp_path / "run"
+    assert pop.main([*played, "--oversample", "1.7", "--min-yield", "1", "--output", str(run)]) == 0
+    episodes = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    state = json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())["progress"]
+    assert state["documents"] == len(episodes) == 2 * 4  # 2 x 1.7 is 3.4
+    for step in (1, 2):
+        mine = [e for e in episodes if e["step"] == step]
+        spreads = [statistics.pstdev([a["reward"] for a in e["answers"]]) for e in mine]
+        kept = [e for e, spread in zip(mine, spreads, strict=True) if spread in sorted(spreads)[-2:]]
+        assert trained[step - 1] == [e["problem"] for e in kept] and len(kept) == 2
+        assert all(e["drop"] == (None if e in kept else "group/oversampled") for e in mine)
+    printed = capsys.readouterr().out
+    assert "2 steps x 4 documents x 4 answers = 32 answers, of which each step trains on 2 groups" in printed
+    assert "groups 2/2" in printed
+
+
+@pytest.mark.parametrize(("documents", "times", "taken"), [(16, 1.5, 24), (2, 1.0, 2), (3, 1.1, 4), (50, 1.1, 55)])
+def test_a_step_takes_the_product_rounded_up(documents, times, taken):
+    assert Config(documents=documents, oversample=times).documents_taken == taken
+
+
 def test_same_seed_same_run(played, tmp_path):
     runs = []
     for name in ("a", "b"):
@@ -277,6 +351,9 @@ def test_same_seed_same_run(played, tmp_path):
         (["--model", "./nowhere"], "nowhere"),
         (["--max-criteria", "9"], "--max-criteria 9"),
         (["--steps", "0"], "--steps 0"),
+        (["--oversample", "0.5"], "--oversample 0.5: must be at least 1"),
+        (["--oversample", "nan"], "--oversample nan: must be at least 1"),
+        (["--oversample", "inf"], "--oversample inf: must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_clear_line(flags, words):

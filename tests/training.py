@@ -55,6 +55,7 @@ def flags(model: Path, run: Path, **more: object) -> list[str]:
         "eval_every": 0,
         **more,
     }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     guards = ["--no-guard-too-little-content", "--no-guard-copies-problem"]  # a random model's noise is neither
     return guards + [word for name, value in chosen.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
