@@ -364,18 +364,31 @@ def vocabulary(document: str | None, cfg: "Config") -> str:
 SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[.!?][\"')\]])\s+")
 
 
+def final_answer(text: str) -> str:
+    """The text without the thoughts of a reasoning model, which are trained on but never judged.
+
+    A chat template may open them in the prompt: then the text holds the closing tag alone, at the end of a line.
+    "" where they were never closed.
+
+    >>> final_answer("<think>2 + 2? Easy.</think>\\n\\nFour."), final_answer("Easy.\\n</think>\\nFour.")
+    ('Four.', 'Four.')
+    >>> final_answer("<think>Two plus two"), final_answer("The tag <think> opens, </think> closes.")
+    ('', 'The tag <think> opens, </think> closes.')
+    """
+    opened = text.lstrip().startswith("<think>")
+    first = re.search(r"</?think>[^\S\n]*(\n|\Z)?", text)
+    if not opened and not (first and first[0].startswith("</") and first[1] is not None):
+        return text
+    _, closed, answer = text.rpartition("</think>")
+    return answer.strip() if closed else ""
+
+
 def whole_sentences(text: str) -> str:
     """Cut off an unfinished last sentence; "" if no sentence ends."""
     upto_last = re.match(r"(?s:.*)[.!?][\"')\]]*(?=\s|$)", text)
     return upto_last[0] if upto_last else ""
 
 
-MENTIONS_SOURCE = re.compile(
-    r"\b(?:passages?|documents?|excerpts?|"
-    r"(?:the|this|that|given|provided) (?:above|following|given|provided|original)? ?"
-    r"(?:texts?|articles?|sentences?|paragraphs?|questions?|answers?|information|summary|facts))\b",
-    re.IGNORECASE,
-)
 FUNCTION_WORDS = frozenset(
     """
     about above after again also among another because been before being between both cause caused causes
@@ -415,31 +428,148 @@ def loops(text: str, n: int = 4, times: int = 3) -> bool:
     return max(Counter(ngrams(text, n)).values(), default=0) >= times
 
 
+def repeated(text: str) -> float:
+    """The share of a text's words in runs of ten words that it said before; of a third of it, if it is short.
+
+    >>> repeated("It rises. " * 4), repeated("What is love, and what is hate?")
+    (0.75, 0.0)
+    """
+    total = len(words(text))
+    n = min(10, max(3, total // 3))
+    seen: set[tuple[str, ...]] = set()
+    again = covered = 0  # covered: where the last repeated run ends
+    for start, run in enumerate(ngrams(text, n)):
+        if run in seen:
+            again += start + n - max(start, covered)
+            covered = start + n
+        seen.add(run)
+    return again / max(1, total)
+
+
+def taken_from(source: str, text: str, n: int) -> float:
+    """The share of the text's runs of `n` words that stand in `source` too; of all its words if it has fewer."""
+    n = min(n, len(words(text)))
+    runs, known = ngrams(text, n), set(ngrams(source, n))
+    return sum(run in known for run in runs) / len(runs) if n else 0.0
+
+
+# Phrases that point at a text. "The text of the treaty", "the article by Lee" and document.title are no such phrase.
+TEXT = r"(?:passage|excerpt|document|article|text|extract|paragraph)\b(?!\.\w|:|,? (?:of|by|titled|entitled|called)\b)"
+PIECE = r"(?:passage|excerpt|document|article|text|extract|paragraph|sentence|information|content|details|facts)s?\b"
+ABOVE = re.compile(rf"\b(?:the|this) (?:(?:above|preceding) {PIECE}|{PIECE} above\b)", re.IGNORECASE)
+BELOW = re.compile(rf"\b(?:the|this) (?:following {PIECE}|{PIECE} below\b)", re.IGNORECASE)
+SOURCE = re.compile(
+    r"\b(?:according to|based (?:up)?on|(?:described|discussed|explained|given|listed|mentioned|outlined|presented|"
+    r"provided|stated) (?:in|by)) (?:the|this) (?:(?:given|original|provided|source) )?"
+    rf"(?:{TEXT}|author\b(?! of))"
+    rf"|\b(?:the|this) (?:given|provided|source) {TEXT}"
+    rf"|\b(?:the|this) {TEXT} (?:argue|claim|describe|discusse|emphasize|explain|give|highlight|indicate|mention|note|"
+    r"present|provide|report|say|state|suggest)(?:s|d|ed)?\b"
+    rf"|\b(?:do|does|did) (?:the|this) {TEXT}"
+    r"|\b(?:in|from|of) (?:the|this) (?:passage|excerpt|article)\b(?! (?:of|by)\b)"
+    rf"|\b(?:analy[sz]e|paraphrase|proofread|read|rewrite|summari[sz]e|translate) the {TEXT}",
+    re.IGNORECASE,
+)
+NOUN = re.compile(r"passage|excerpt|document|article|text|extract|paragraph|author", re.IGNORECASE)
+
+
+def points_at_source(text: str, given: str) -> bool:
+    """Whether the text speaks of a text that `given`, all that its reader has, neither holds nor asks for."""
+    mentioned = {noun.lower() for match in SOURCE.finditer(text) for noun in NOUN.findall(match[0])}
+    if not mentioned or brings_text(given):
+        return False
+    return not any(re.search(rf"\b(?:an?|my|our|your) (?:[\w-]+ ){{0,6}}{n}", given, re.IGNORECASE) for n in mentioned)
+
+
+def brings_text(problem: str) -> bool:
+    """Whether a problem holds material to work on: a quotation, something in tags or a code fence, or among its lines
+    one of 20 words or more that is no item of a list and does not itself speak of a text.
+    """
+    if "```" in problem or re.search(r"</\w+>", problem):
+        return True
+    quotations = problem.split('"')[1::2] + re.findall(r"“([^“”]+)”", problem)
+    if any(len(words(quotation)) >= 8 for quotation in quotations):
+        return True
+    lines = [line for line in problem.splitlines() if line.strip()]
+    material = [line for line in lines if not (re.match(r"\s*(?:[-*•]|\d+[.)])", line) or SOURCE.search(line))]
+    return len(lines) > 1 and any(len(words(line)) >= 20 for line in material)
+
+
+def refers_to_nothing(problem: str) -> bool:
+    """Whether a problem speaks of "the text above" where nothing stands above it, or "the following" of nothing."""
+    if above := ABOVE.search(problem):
+        *before, _ = re.split(r"[.!?:\n]", problem[: above.start()])
+        if len(words(" ".join(before))) < 4:
+            return True
+    if below := BELOW.search(problem):
+        after = re.search(r"[:\n<`\"“”‘]", problem[below.end() :])
+        return not (after and words(problem[below.end() + after.end() :]))
+    return False
+
+
+# Problems that a word, a name, a number or a line may answer, unless they ask for prose too.
+SHORT = re.compile(
+    r"\b(?:(?:one|single|two|three|few|five) words?|word or phrase|yes or no|true or false|who|whom|whose|which|when|"
+    r"where|title|slogan|headline|tagline|motto|calculate|compute|solve|convert|translate|classify|"
+    r"what(?:'s| is| was| are| were| \w+)|how (?:many|much|old|long|far|tall|high|deep|big|large|fast|heavy|often)|"
+    r"(?:only|just) (?:the|an?|one|with|by)|(?:name|identify|state|give|pick|choose|select|find) "
+    r"(?:the|an?|one|two|three))\b|\A\W*(?:is|are|was|were|do|does|did|can|could|has|have|will|would|should)\b"
+    r"|\bor [^.?!\n]{1,60}\?",
+    re.IGNORECASE,
+)
+PROSE = re.compile(
+    r"\b(?:why|explain|describe|discuss|compare|contrast|analy[sz]e|elaborate|essay|story|poem|letter|email|article|"
+    r"report|paragraphs?|sentences?|in detail|step by step|how (?:to|do|does|did|can|could|should|would|is|are|was|"
+    r"were|has|have))\b",
+    re.IGNORECASE,
+)
+
+
+def short_answer_fits(problem: str) -> bool:
+    """Whether a few words may be a whole answer: "Which river ...?", "Reply in one word", not "Explain which ...".
+
+    >>> short_answer_fits("What is the capital of France?"), short_answer_fits("Why does bread rise?")
+    (True, False)
+    """
+    return bool(SHORT.search(problem)) and not PROSE.search(problem)
+
+
+REPEATED = 0.32  # of itself, at most: room for a refrain or the code that it improves, not for a text whose half recurs
+
+
 def problem_fault(problem: str, document: str | None) -> str | None:
     """Why a problem is rejected, or None. document: None where its writer has not seen one."""
     if not problem:
         return "unfinished"
-    if len(words(problem)) < 4:
+    if len(words(problem)) < 4 and len(problem) < 16:  # characters, for scripts that put no space between words
         return "too short"
-    if MENTIONS_SOURCE.search(problem):
+    if refers_to_nothing(problem) or points_at_source(problem, problem):
         return "mentions the text"
-    if loops(problem, n=3, times=2):
+    if repeated(problem) > REPEATED:
         return "repeats itself"
     asked = content_words(problem)
-    if document is not None and len(asked & content_words(document)) < min(2, max(1, len(asked) / 2)):
+    if document is not None and len(asked & content_words(document)) < min(len(asked) / 2, max(2, len(asked) / 10)):
         return "not about the document"
     return None
 
 
 def reference_fault(reference: str, problem: str, document: str | None, n: int = 10) -> str | None:
-    """Why a pair of problem and reference is rejected, or None. `n`: words in a row that give the answer away."""
-    if len(words(reference)) < 8:
+    """Why a pair of problem and reference is rejected, or None. `n`: words in a row that give the answer away.
+
+    A reference may take up a first line that the problem gives, but not most of itself.
+    """
+    if not words(reference):
         return "reference too short"
-    if MENTIONS_SOURCE.search(reference):
+    brief = short_answer_fits(problem) and len(words(reference)) < 20
+    if not brief and len(words(reference)) < 8:
+        return "reference too short"
+    if points_at_source(reference, f"{problem}\n{reference}"):
         return "reference mentions the text"
-    if loops(reference):
+    if repeated(reference) > REPEATED:
         return "reference repeats itself"
-    if set(ngrams(reference, n)) & set(ngrams(problem, n)):
+    if brief:  # "Paris." adds nothing else, and may be one of the choices that the problem gives
+        return None
+    if taken_from(problem, reference, n) > 0.5:
         return "problem gives the answer away"
     added = content_words(reference) - content_words(problem)
     if len(added if document is None else added & content_words(document)) < 2:

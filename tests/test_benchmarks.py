@@ -20,9 +20,9 @@ def options(**given):
     return argparse.Namespace(**{"data": None, "lang": None, **given})
 
 
-def said(text, tokens=10):
+def said(text, tokens=10, finished=True):
     """An answer as eval.py writes it down."""
-    return {"text": text, "tokens": tokens}
+    return {"text": text, "tokens": tokens, "finished": finished}
 
 
 def written(path, rows):
