@@ -68,7 +68,7 @@ def length_factor(tokens: int, soft: float, hard: float, floor: float) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2
 
 
-LOOPING = 0.65  # of a text: said three times over, and more than proofs, code and songs repeat
+LOOPING = 0.74  # of a text: said four times over, which is more than proofs, code and songs repeat
 STUB = frozenset(
     "a an answer as certainly course follows here is it my of process reply response sure that the".split()
 )
