@@ -53,8 +53,8 @@ class Benchmark:
     """`metrics`: the main one first, each with the range it is clipped to, if its rule clips it.
 
     read: the options -> the items. questions: an item, an answer and the base model's answer -> what the judge is to
-    be asked. score: an item, an answer (text, tokens) and the verdicts (None: unjudged), in that order -> its part of
-    each metric.
+    be asked. score: an item, an answer (text, tokens, finished) and the verdicts (None: unjudged), in that order -> its
+    part of each metric. No answer's text holds a reasoning model's thoughts: eval.answer leaves them out.
     """
 
     about: str
@@ -355,12 +355,11 @@ def score_winrate(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Valu
 
 
 def held_out_items(episodes: Sequence[Episode], cfg: "Config") -> list[Item]:
-    """The problems of documents that no adapter was trained on, put to a model as in training, and to its judge."""
-    words = rubric.target_words(cfg)
+    """The problems of documents that no adapter was trained on, put to a model as in training: the problem alone."""
     return [
         Item(
             e.document.id,
-            ask(rubric.SOLVER.format(problem=e.problem, n=words)),
+            ask(e.problem),
             {"problem": e.problem, "rubric": e.rubric, "reference": e.reference, "cfg": cfg},
         )
         for e in episodes
@@ -398,7 +397,8 @@ def score_heldout(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Valu
     cfg: Config = item.data["cfg"]
     ratings: Any = verdicts if cfg.judge == "logits" else verdicts[0]
     grade = None if None in verdicts else rubric.grade(ratings, item.data["rubric"])
-    kept = guards.factor(Answer(answer["text"], answer["tokens"] * [0]), item.data["problem"], cfg)
+    written = Answer(answer["text"], answer["tokens"] * [0], answer["finished"])
+    kept = guards.factor(written, item.data["problem"], cfg)
     alike = heldout.similarities([(answer["text"], item.data["reference"])])
     return {
         "grade": [UNJUDGED if grade is None else (grade, 1.0)],

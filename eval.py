@@ -110,7 +110,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """item id -> {text, tokens, words, finished}; those that are on disk are read, the others written as they come."""
+    """item id -> {text, tokens, words, finished}; those that are on disk are read, the others written as they come.
+
+    On disk the text is whole. What is returned is without a reasoning model's thoughts: nobody judges or counts them.
+    """
     path = args.folder / f"answers-{label}.jsonl"
     asked = {item.id: digest(item.messages) for item in items}
     had = {r["id"]: r for r in read_records(path) if asked.get(r["id"]) == r["asked"]}
@@ -137,7 +140,7 @@ def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace
                     "asked": asked[item.id],
                     "text": completion.text,
                     "tokens": len(completion.ids),
-                    "words": len(completion.text.split()),
+                    "words": len(rubric.final_answer(completion.text).split()),
                     "finished": completion.finished,
                 }
                 for item, (completion,) in zip(chunk, written, strict=True)
@@ -146,7 +149,7 @@ def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace
             had |= {record["id"]: record for record in new}
             bar.update(len(chunk))
     args.token_budget = budgets["answer"]  # halved for good where memory ran out
-    return {item.id: had[item.id] for item in items}
+    return {item.id: {**had[item.id], "text": rubric.final_answer(had[item.id]["text"])} for item in items}
 
 
 def digest(*parts: Any) -> str:

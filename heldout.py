@@ -247,9 +247,10 @@ def criteria_met(e: Episode, cfg: "Config") -> str:
 
 
 def essay(cfg: "Config") -> str:
-    """As many of its sentences as an answer of the length asked for has room for."""
+    """As many of its sentences as fit into half the longest answer, at about 1.4 tokens a word."""
     ends = list(itertools.accumulate(len(words(sentence)) for sentence in ESSAY))
-    return " ".join(ESSAY[: max(1, sum(end <= rubric.target_words(cfg) for end in ends))])
+    room = round(0.5 * cfg.max_new_tokens / 1.4)
+    return " ".join(ESSAY[: max(1, sum(end <= room for end in ends))])
 
 
 def padded(text: str, times: int = 3) -> str:
@@ -487,7 +488,7 @@ def watch(
     judge(llm, episodes, yardstick(cfg), phase)
     reward = mean([a.reward for e in episodes for a in e.answers])
     length = statistics.fmean(len(a.ids) for e in episodes for a in e.answers)
-    alike = similarities([(a.text, e.reference) for e in episodes for a in e.answers])
+    alike = similarities([(rubric.final_answer(a.text), e.reference) for e in episodes for a in e.answers])
     similarity = statistics.fmean(alike) if alike else None
     score = reward if cfg.best_by == "reward" or similarity is None else similarity
     best = progress.get("heldout", {"score": None, "step": None, "since": 0})

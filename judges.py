@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from data import UserError
 from forms import Field, room
+from rubric import final_answer
 
 if TYPE_CHECKING:
     from model import LLM
@@ -31,9 +32,6 @@ CONNECT_SECONDS = 10.0
 REPEAT_TEMPERATURE = 0.7  # of a question asked again: greedily the same nonsense would come
 RETRIED = (408, 409, 429)  # besides 5xx, by the client
 NO_VERDICT = "no verdict in the reply"
-
-# Thoughts before the reply, perhaps cut off. Some chat templates open them, so that the reply only closes them.
-THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)|\A.*?^</think>[^\S\n]*$", re.DOTALL | re.MULTILINE)
 
 # Answers that every question would get -> what to do about it.
 REMEDIES = {
@@ -142,7 +140,7 @@ class LocalJudge:
                 desc="judge",
             )
         for (q, _), (completion,) in zip(fitting, outputs, strict=True):
-            value = q.read(completion.text)
+            value = q.read(final_answer(completion.text))
             verdicts.append(Verdict(q.id, value, completion.text, NO_VERDICT if value is None else ""))
         return verdicts
 
@@ -247,7 +245,7 @@ class EndpointJudge:
                 return self._unanswered(question, failure)
             content = choice.message.content
             text = content if isinstance(content, str) else ""
-            said = THOUGHTS.sub("", text, count=1).strip()
+            said = final_answer(text).strip()
             value = question.read(said) if said else None
             if value is not None:
                 return Verdict(question.id, value, self._hide(text)), True

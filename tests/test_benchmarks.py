@@ -10,19 +10,19 @@ import pytest
 
 import benchmarks
 import rubric
-from benchmarks import BENCHMARKS, Item, filled, read_better, read_met, read_score
-from data import UserError
+from benchmarks import BENCHMARKS, Item, filled, held_out_items, read_better, read_met, read_score
+from data import Document, UserError
 from pop import Config
-from rubric import Criterion
+from rubric import Criterion, Episode
 
 
 def options(**given):
     return argparse.Namespace(**{"data": None, "lang": None, **given})
 
 
-def said(text, tokens=10):
+def said(text, tokens=10, finished=True):
     """An answer as eval.py writes it down."""
-    return {"text": text, "tokens": tokens}
+    return {"text": text, "tokens": tokens, "finished": finished}
 
 
 def written(path, rows):
@@ -184,7 +184,7 @@ def test_arena_hard_s_prompts_are_there_and_a_text_file_has_one_in_each_line(tmp
 
 # ---------------------------------------------------------------------------------------------------- heldout
 
-CFG = Config(max_new_tokens=100)
+CFG = Config(max_new_tokens=100, soft_length=0.75, length_floor=0.5)
 
 
 def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_nor_reference():
@@ -199,6 +199,11 @@ def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_
     score = BENCHMARKS["heldout"].score(item, said("By yeast."), [ratings])
     assert score["grade"] == [(pytest.approx(3 * 2 / (2 * 4)), 1.0)]
     assert score["grade"] == [(pytest.approx(rubric.grade([2.0, 0.0], criteria)), 1.0)]
+
+
+def test_a_held_out_problem_is_put_to_a_model_as_in_training_the_problem_alone():
+    (item,) = held_out_items([Episode(Document("d", "text"), "Why does it rise?", "r")], CFG)
+    assert item.messages == [{"role": "user", "content": "Why does it rise?"}]
 
 
 def test_a_run_s_logits_judge_is_asked_for_one_criterion_at_a_time():
@@ -220,16 +225,17 @@ def test_a_run_s_logits_judge_is_asked_for_one_criterion_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens", "kept"),
+    ("text", "tokens", "finished", "kept"),
     [
-        ("Wild yeast in the flour lives on its starch.", 75, 1.0),
-        ("Wild yeast in the flour lives on its starch.", 100, 0.5),  # at the limit of the training
-        ("This answer fully meets every criterion.", 10, 0.0),
+        ("Wild yeast in the flour lives on its starch.", 75, True, 1.0),
+        ("Wild yeast in the flour lives on its starch.", 100, True, 0.5),  # at the limit of the training
+        ("Wild yeast in the flour lives on its starch.", 75, False, 0.5),
+        ("This answer fully meets every criterion.", 10, True, 0.0),
     ],
 )
-def test_a_held_out_reward_is_what_the_guards_leave_of_the_grade(text, tokens, kept):
+def test_a_held_out_reward_is_what_the_guards_leave_of_the_grade(text, tokens, finished, kept):
     data = {"problem": "Why does it rise?", "rubric": [Criterion("n", "g", "d", 1.0)], "reference": "r", "cfg": CFG}
-    score = BENCHMARKS["heldout"].score(Item("d", [], data), said(text, tokens), [[1.5]])
+    score = BENCHMARKS["heldout"].score(Item("d", [], data), said(text, tokens, finished), [[1.5]])
     assert score["grade"] == [(0.75, 1.0)] and score["reward"] == [(0.75 * kept, 1.0)]
 
 

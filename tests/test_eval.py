@@ -1,9 +1,11 @@
 """Evaluations from end to end on a tiny model: what is asked, what is on disk, what goes on after a kill."""
 
+import itertools
 import json
 import math
 import re
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -137,6 +139,30 @@ def test_the_base_model_is_always_measured_and_all_adapters_share_one_load(tiny,
     assert said["run"] == answers(tiny_llm(0)) != said["base.jsonl"]
     alone.take_adapter(other / "adapter")
     assert said["other"] == answers(alone) != said["run"]
+
+
+def test_thoughts_stay_on_disk_and_are_shown_to_no_judge_or_scorer(tiny, tmp_path, prompts, run, endpoint, monkeypatch):
+    real, scored, numbers = model.LLM.generate, [], itertools.count()
+    winrate = benchmarks.BENCHMARKS["winrate"]
+
+    def thinking(self, prompts, **settings):
+        groups = real(self, prompts, **settings)
+        return [[replace(c, text=f"<think>\nSECRET\n</think>\n\nAnswer {next(numbers)}.") for c in g] for g in groups]
+
+    def score(item, answer, verdicts):
+        scored.append(answer["text"])
+        return winrate.score(item, answer, verdicts)
+
+    monkeypatch.setattr(model.LLM, "generate", thinking)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "winrate", replace(winrate, score=score))
+    endpoint.say = lambda prompt: "Better: A"
+    url = ["--judge", "big", "--judge-url", endpoint.url]
+    evaluation.main(command("winrate", tmp_path, "--data", prompts, "--adapter", run, *url))
+    assert scored and all(text.startswith("Answer ") for text in scored)
+    assert endpoint.asked and not any("SECRET" in prompt or "think>" in prompt for prompt in endpoint.asked)
+    out = tmp_path / "out"
+    assert all("SECRET" in line["text"] and line["words"] == 2 for line in lines(out / "answers-base.jsonl"))
+    assert json.loads((out / "results-big.json").read_text())["models"]["base"]["mean_words"] == 2
 
 
 def test_results_have_intervals_paired_differences_lengths_and_the_sampling(tiny, tmp_path, prompts, run, capsys):

@@ -123,11 +123,11 @@ def test_the_problem_taken_up_in_a_good_answer_is_no_copy():
     assert graded(text).guards == []
 
 
-def test_copying_is_the_share_of_runs_of_four_words():
-    problem = "one two three four five six seven eight"  # 5 runs of four words
-    text = problem + " alpha beta gamma"  # 8 runs, 5 of them copied: 0.625
-    assert guards.copies_problem(text, problem)
-    assert not guards.copies_problem(text + " delta", problem)  # 5 of 9: 0.556
+def test_copying_is_the_share_of_runs_of_four_words_beginning_and_end_included():
+    problem = " ".join(f"word{k}" for k in range(23))  # 20 runs of four words
+    assert guards.copies_problem(problem + " alpha beta", problem)  # 20 of 22 runs copied: 0.91
+    assert not guards.copies_problem(problem + " alpha beta gamma", problem)  # 20 of 23: 0.87
+    assert not guards.copies_problem(problem.removesuffix(" word22"), problem)
 
 
 # -------------------------------------------------------------------------------------------- switches and grades
