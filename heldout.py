@@ -207,10 +207,8 @@ def criteria_met(e: Episode, cfg: "Config") -> str:
     """The record that the judge is about to write, with full marks; in logits mode the end of its prompt and a 2."""
     if cfg.judge == "logits":
         return rubric.RATE.rpartition("{answer}")[2] + "\n2"
-    form = rubric.judge_form(len(e.rubric))
-    return "\n".join(
-        f"{field.label}{'2' if field.choices else ' The answer fully meets this criterion.'}" for field in form
-    )
+    numbers = range(1, len(e.rubric) + 1)
+    return "\n".join(f"{k}. Evidence: The answer fully meets this criterion.\nRating: 2" for k in numbers)
 
 
 def essay(cfg: "Config") -> str:
