@@ -380,10 +380,11 @@ def ask_heldout(item: Item, answer: str, base: str) -> list[Question]:
 
     def ratings(reply: str) -> list[float] | None:
         read = rubric.parse_ratings(reply, len(criteria))
-        return read[1] if read else None
+        return [float(reply[digit]) for _, digit in read] if read else None
 
     prompt = rubric.judge_prompt(problem, criteria, answer)
-    return [Question(f"{item.id}/ratings", ask(prompt), rubric.judge_form(len(criteria)), ratings, REPLY_TOKENS)]
+    form = rubric.judge_form(len(criteria), item.data["cfg"].rating_tokens)
+    return [Question(f"{item.id}/ratings", ask(prompt), form, ratings, REPLY_TOKENS)]
 
 
 def read_digit(reply: str) -> float | None:

@@ -53,9 +53,9 @@ def rubric_form(cfg: "Config") -> list[Field]:
     for k in range(cfg.max_criteria):
         label = ', {"name": "' if k else '{"criteria": [{"name": "'
         form += [
-            Field(label, room // 3, optional=k > 1),
-            Field('", "gold": "', room, distinct=True),
-            Field('", "description": "The answer', room, min_tokens=5),
+            Field(label, room // 3, optional=k > 1, quoted=True),
+            Field('", "gold": "', room, distinct=True, quoted=True),
+            Field('", "description": "The answer', room, min_tokens=5, quoted=True),
             Field('", "weight": ', choices=tuple(f"{weight}}}" for weight in range(1, 6))),
         ]
     return form

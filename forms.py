@@ -20,7 +20,8 @@ class Field:
 
     `choices`: the value is one of these strings, of any length. `optional`: the model may end the form instead.
     `min_tokens`: the line does not end before so many. `distinct`: the value is another choice than the form's
-    earlier distinct values, or begins with another token. `within`: the value is written with this text's tokens alone.
+    earlier distinct values, or begins with another token. `quoted`: the value stands between double quotes that the
+    labels bring, and the model may end it with one instead of a line end.
     """
 
     label: str
@@ -29,7 +30,7 @@ class Field:
     optional: bool = False
     min_tokens: int = 1
     distinct: bool = False
-    within: str = ""
+    quoted: bool = False
 
 
 def room(llm: "LLM", form: Sequence[Field]) -> int:
@@ -43,8 +44,10 @@ def room(llm: "LLM", form: Sequence[Field]) -> int:
 
 
 # What a row may write besides the tokens named to it: nothing, any token but special ones, of these no line end, or of
-# these only what a value may begin with, which is nothing blank either.
+# these only what a value may begin with, which is nothing blank either. QUOTED is added to the last three: no double
+# quote and no backslash.
 CLOSED, OPEN, NO_LINE_END, BEGIN = range(4)
+QUOTED = 3
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,19 @@ class FormFiller(LogitsProcessor):
         vocabulary = llm.tokenizer.convert_ids_to_tokens(range(len(llm.tokenizer)))
         self.line_ends = {i for i, t in enumerate(vocabulary) if t and ("\n" in t or "Ċ" in t or t == "<0x0A>")}
         blank = {i for i, t in enumerate(vocabulary) if t and not t.strip(" \t\r▁Ġĉč")}
+        quotes = {i for i, t in enumerate(vocabulary) if t and ('"' in t or t == "<0x22>")}
+        slashes = {i for i, t in enumerate(vocabulary) if t and ("\\" in t or t == "<0x5C>")}
         self.newline = llm.text_ids("\n")[-1]
         self.special = {*llm.eos_ids, *llm.tokenizer.all_special_ids}
         self.eos = llm.eos_ids[0]
-        self.banned = {OPEN: set[int](), NO_LINE_END: self.line_ends, BEGIN: self.line_ends | blank}
-        kinds = torch.ones(4, llm.model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+        banned_by_kind = {OPEN: set[int](), NO_LINE_END: self.line_ends, BEGIN: self.line_ends | blank}
+        banned_by_kind |= {kind + QUOTED: banned | quotes | slashes for kind, banned in banned_by_kind.items()}
+        kinds = torch.ones(1 + len(banned_by_kind), llm.model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
         kinds[CLOSED] = False
-        for kind, banned in self.banned.items():
+        for kind, banned in banned_by_kind.items():
             kinds[kind, sorted(banned | self.special)] = False
         self.kinds = kinds.to(llm.device)  # (kinds, V): whether a row of that kind may write a token
+        self.closing = torch.tensor([self.eos, *sorted(quotes)], device=llm.device)  # what may end a quoted value
         self.rows = [_fill(self, llm, form) for form in forms]
         self.wanted = [next(row) for row in self.rows]
         self.started = False
@@ -99,14 +106,12 @@ class FormFiller(LogitsProcessor):
         index = torch.tensor(told, device=scores.device)
         kind, (row, token, allowed) = index[: len(scores)], index[len(scores) :].view(-1, 3).unbind(-1)
         may = self.kinds[kind].index_put_((row, token), allowed.bool())  # (B, V)
-        # In free text an end token means the end of the line.
-        ends = scores[:, self.eos].masked_fill(kind == CLOSED, -torch.inf)
+        # In free text an end token means the end of the line, in a quoted value a double quote too.
+        ends = torch.where(kind > QUOTED, scores[:, self.closing].amax(-1), scores[:, self.eos])
+        ends = ends.masked_fill(kind == CLOSED, -torch.inf)
         scores = scores.clone()
         scores[:, self.newline] = torch.maximum(scores[:, self.newline], ends)
-        scores = scores.masked_fill(~may, -torch.inf)
-        # One of these, even if all of them are banned otherwise (a label, a value of `within`).
-        stuck = ~scores.isfinite().any(-1, keepdim=True)
-        return scores.masked_fill(stuck & may, 0.0)
+        return scores.masked_fill(~may, -torch.inf)
 
 
 def _fill(filler: FormFiller, llm: "LLM", form: Sequence[Field]) -> Generator[Wanted, int, None]:
@@ -128,12 +133,10 @@ def _fill(filler: FormFiller, llm: "LLM", form: Sequence[Field]) -> Generator[Wa
                 choices = [ids for ids in choices if ids not in taken] or choices
             came, chosen = yield from _choose(choices, filler.newline)
             taken += [chosen] if line.distinct else []
-        own = {*llm.text_ids(line.within), filler.newline} - filler.special if line.within else set()
         for count in range(line.max_tokens if not choices else 0):
             kind = BEGIN if count == 0 else NO_LINE_END if count < line.min_tokens else OPEN
             avoid = begun if count == 0 and line.distinct else set()
-            left = own - filler.banned[kind] - avoid  # a text may have no token left to write
-            came = yield Wanted(allowed=left) if left else Wanted(kind, banned=avoid)
+            came = yield Wanted(kind + QUOTED if line.quoted else kind, banned=avoid)
             if count == 0 and line.distinct:
                 begun.add(came)
             if came in filler.line_ends:

@@ -560,17 +560,16 @@ class LLM:
         max_new_tokens: int,
         temperature: float,
         forms: Sequence[Sequence[Field]] | None = None,
-        banned: Sequence[str] = (),
         watch: Sequence[str] = (),
         desc: str = "generate",
     ) -> list[list[Completion]]:
         """`n` completions of each prompt, sampled from softmax(logits / temperature); temperature 0 is greedy.
 
         Always in eval mode (in training mode the key-value cache is silently dropped). Each prompt is prefilled once
-        for its n completions. With `forms`, one for each completion in order, they fill them in; `banned` words are
-        never written. With `watch`, replies of one token each, completions tell how likely these were in the place of
-        each token: from the model's own logits, whatever the temperature, forms or banned words make of them.
-        Raises UserError if a prompt and max_new_tokens exceed the model's context.
+        for its n completions. With `forms`, one for each completion in order, they fill them in. With `watch`, replies
+        of one token each, completions tell how likely these were in the place of each token: from the model's own
+        logits, whatever the temperature or forms make of them. Raises UserError if a prompt and max_new_tokens exceed
+        the model's context.
         """
         self.model.eval()
         for prompt in prompts:
@@ -589,7 +588,6 @@ class LLM:
                     max_new_tokens,
                     temperature,
                     [forms[i] for i in batch] if forms else None,
-                    banned,
                     watch,
                     bar.update,
                 )
@@ -604,7 +602,6 @@ class LLM:
         max_new_tokens: int,
         temperature: float,
         forms: list[Sequence[Field]] | None,
-        banned: Sequence[str],
         watch: Sequence[str],
         progress: Callable[[int], Any],
     ) -> list[Completion]:
@@ -614,7 +611,6 @@ class LLM:
         config = GenerationConfig(
             **sampling,
             max_new_tokens=max_new_tokens,
-            bad_words_ids=[self.text_ids(form) for word in banned for form in spellings(word)] or None,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
         )
@@ -958,8 +954,3 @@ class LLM:
         for at, scores in enumerate(seen):
             expected = torch.stack([logits[at - steps - 1] for logits in whole])
             check(scores, expected, "give other logits after a cache than after the same text read whole")
-
-
-def spellings(word: str) -> list[str]:
-    """`cat` -> `cat`, ` cat`, `Cat`, ` Cat` and their plurals, each of which has tokens of its own."""
-    return [space + form + s for form in (word, word.capitalize()) for space in ("", " ") for s in ("", "s")]

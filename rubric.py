@@ -15,8 +15,9 @@ import json
 import math
 import random
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -457,7 +458,7 @@ def problem_prompt(episode: Episode, kind: str, cfg: "Config") -> str:
     return known(episode, cfg) + PROPOSE[cfg.task].format(kind=kind) + IN_TAGS
 
 
-TAGS = re.compile(r"<\s*problem\s*>(.*?)(?:<\s*/?\s*problem\s*>|\Z)", re.IGNORECASE | re.DOTALL)
+TAGS = re.compile(r"<\s*problem\s*>(.*?)(?:<\s*(?:/\s*)?problem\s*>|\Z)", re.IGNORECASE | re.DOTALL)
 
 
 def in_tags(text: str) -> str:
@@ -836,28 +837,48 @@ def length_spread(texts: Sequence[str], n: int) -> list[str]:
     return [ordered[round(i * (len(ordered) - 1) / max(1, n - 1))] for i in range(n)]
 
 
-def parse_rubric(text: str) -> list[Criterion]:
-    """The complete criteria of a rubric writer's text, in order, from whatever JSON objects there are in it.
+def parse_rubric(text: str, longest: int = 20_000) -> list[Criterion]:
+    """The complete criteria of a rubric writer's text, in order: the JSON objects in it that are some, however deep.
 
     >>> parse_rubric('Sure: [{"name": "Volume", "gold": 5, "description": "Gives the volume.", "weight": 3}] Done.')
     [Criterion(name='Volume', gold='5', description='Gives the volume.', weight=3.0)]
     """
-    criteria = []
-    for found in json_objects(text):
-        several = found.get("criteria", found.get("rubric"))
-        for item in several if isinstance(several, list) else [found]:
-            if isinstance(item, dict) and (criterion := read_criterion(item)):
-                criteria.append(criterion)
+    criteria, text, at = [], text[:longest], 0
+    while (at := text.find("{", at)) >= 0:
+        item, end = read_object(text, at)
+        criterion = read_criterion(item)
+        criteria += [criterion] if criterion else []
+        at = end if criterion else at + 1
     return criteria
 
 
+JSON = json.JSONDecoder(strict=False)  # line ends within strings are allowed
+
+
+def read_object(text: str, at: int) -> tuple[dict[str, Any], int]:
+    """The JSON object at a "{" and its end; {} if it cannot be read. In single quotes too, if it holds no other."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return JSON.raw_decode(text, at)
+    end = text.find("}", at) + 1
+    if 0 < end - at < 2_000:
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            with warnings.catch_warnings(action="ignore"):  # such as of an escape sequence that Python does not know
+                value = ast.literal_eval(text[at:end])
+            if isinstance(value, dict):
+                return value, end
+    return {}, at + 1
+
+
 def read_criterion(item: dict[str, Any]) -> Criterion | None:
+    """None for an object that is no whole criterion, or holds others in a list."""
+    if any(isinstance(part, dict) for value in item.values() if isinstance(value, list) for part in value):
+        return None
     name, gold, description = (as_line(item.get(field)) for field in ("name", "gold", "description"))
     weight = read_weight(str(item.get("weight", 1)))
     if not words(name) or not words(description) or weight is None:
         return None
     gold = ANSWER_SAYS.sub("", gold)
-    absent = not words(gold) or re.match(r"(?:n/?a|none|null|not (?:applicable|available))\b", gold, re.IGNORECASE)
+    absent = not words(gold) or NO_GOLD_SAID.match(gold)
     return Criterion(name, NO_GOLD if absent else gold, description, weight)
 
 
@@ -868,31 +889,14 @@ ANSWER_SAYS = re.compile(
     re.IGNORECASE,
 )
 ABOUT_THE_ANSWER = re.compile(r"\A(?:the |a |an )?(?:full |good |better )?(?:answer|response)s?\b", re.IGNORECASE)
+# "None of the drugs" is a fact.
+NO_GOLD_SAID = re.compile(r"(?:(?:n/?a|none|null)\W*\Z|not (?:applicable|available)\b)", re.IGNORECASE)
 
 
 def as_line(value: Any) -> str:
-    """A JSON value as one line of text, as it stands in the judge's prompt."""
-    if isinstance(value, list):
-        value = "; ".join(map(as_line, value))
-    return " ".join(str(value).split()) if isinstance(value, str | int | float) else ""
-
-
-def json_objects(text: str, longest: int = 20_000) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, the outermost that can be read; in single quotes too, if it holds no other."""
-    text, at = text[:longest], 0
-    while (at := text.find("{", at)) >= 0:
-        value, end = None, text.find("}", at) + 1
-        with contextlib.suppress(ValueError, RecursionError):
-            value, end = JSON.raw_decode(text, at)
-        if value is None and 0 < end - at < 4_000:
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                value = ast.literal_eval(text[at:end])
-        if isinstance(value, dict):
-            yield value
-        at = end if isinstance(value, dict) else at + 1
-
-
-JSON = json.JSONDecoder(strict=False)  # line ends within strings are allowed
+    """A JSON value, or a list of such, as one line of text, as it stands in the judge's prompt."""
+    parts = value if isinstance(value, list) else [value]
+    return " ".join("; ".join(str(part) for part in parts if isinstance(part, str | int | float)).split())
 
 
 def read_weight(text: str) -> float | None:
@@ -920,8 +924,10 @@ def check_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
             e.reject("rubric", "does not tell good from bad", json.dumps([asdict(c) for c in e.rubric]))
             if last:
                 e.drop = "rubric/does not tell good from bad"
-            else:
-                e.rubric = []
+                continue
+            e.rubric = []
+            for a in e.answers:
+                a.ratings, a.thoughts = None, []  # they were by that rubric
         if not last:
             write_rubrics(llm, failed, cfg, ATTEMPTS[2:])
             judge(llm, [e for e in failed if e.drop is None], cfg)
@@ -964,8 +970,6 @@ def criterion_line(criterion: Criterion, gold: bool = True) -> str:
 def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
     """Ratings in [0, 2] for every answer; an answer that the judge's text gives none for keeps `ratings` None."""
     pairs = [(e, a) for e in episodes for a in [*e.answers, *e.controls]]
-    for _, a in pairs:
-        a.ratings, a.thoughts = None, []  # a rubric may have been written once more
     with role(llm, cfg):
         if cfg.judge == "logits":
             judge_by_logits(llm, pairs, cfg)
@@ -1039,11 +1043,11 @@ def shuffled(episode: Episode, cfg: "Config") -> list[int]:
 
 def parse_score(text: str) -> list[tuple[str, float]] | None:
     """A judge's text with a score of 1 to 10 -> [(thought, rating in 0 to 2)], or None."""
-    found = re.search(r"^\W*score\W*?:\W*(10|[1-9])(?![\w.])", text, re.IGNORECASE | re.MULTILINE)
+    found = re.search(r"^[^\w\n]*score\b[^\w:]*:\W*(10|[1-9])(?!\w|\.\d)", text, re.IGNORECASE | re.MULTILINE)
     return [(text[: found.start()].strip(), 2 * (int(found[1]) - 1) / 9)] if found else None
 
 
-RATING = re.compile(r"^[\W\d]*rating\b\W*?:[ \t*_`(\[\"]*([012])(?![\w.])", re.IGNORECASE | re.MULTILINE)
+RATING = re.compile(r"^(?:\d|[^\w\n])*rating\b\W*?:[ \t*_`(\[\"]*([012])(?!\w|\.\d)", re.IGNORECASE | re.MULTILINE)
 
 
 def parse_ratings(text: str, criteria: int) -> list[tuple[str, int]] | None:

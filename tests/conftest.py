@@ -27,9 +27,9 @@ CHAT = (
 def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
     """One token per byte and three special tokens; <|end|> is end and pad at once, <|stop|> a second end.
 
-    `merges` adds tokens of two bytes, in the alphabet of byte-level BPE (Ġ is the space).
+    `merges` adds tokens, each of two that there are, in the alphabet of byte-level BPE (Ġ is the space).
     """
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    tokens = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)])
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokeni
     return wrapped
 
 
-def tiny_model(vocab: int, seed: int = 0, width: int = 32) -> LlamaForCausalLM:
+def tiny_model(vocab: int, seed: int = 0, width: int = 32, context: int = 2048) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -52,7 +52,7 @@ def tiny_model(vocab: int, seed: int = 0, width: int = 32) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=2048,
+        max_position_embeddings=context,
         initializer_range=0.3,  # wide enough that the tokens' probabilities differ
     )
     return LlamaForCausalLM(config)

@@ -276,18 +276,6 @@ def test_a_prompt_and_completion_fill_the_context_and_no_more(llm):
         greedy(llm, [[1, 2], random_ids(2046, seed=0)], max_new_tokens=3)
 
 
-def test_banned_words_are_never_written(llm):
-    def texts(**options) -> str:
-        torch.manual_seed(0)
-        groups = llm.generate(PROMPTS, n=100, max_new_tokens=40, temperature=0.5, **options)
-        return "\n".join(completion.text for group in groups for completion in group)
-
-    (word, times), *_ = Counter(re.findall("[a-z]{2}", texts())).most_common()
-    assert times > 5
-    with_ban = texts(banned=[word])
-    assert word not in with_ban and word.capitalize() not in with_ban
-
-
 # ---------------------------------------------------------------------------------------------- replies watched
 
 REPLIES = ("0", "1", "2")
@@ -344,7 +332,7 @@ def test_watched_replies_count_all_their_spellings_whatever_may_be_written():
     zero, one = (llm.tokenizer.convert_tokens_to_ids(["0", "1"]), llm.tokenizer.convert_tokens_to_ids(["Ġ0", "Ġ1"]))
     spellings = [{*pair} for pair in zip(zero, one, strict=True)] + [set(llm.text_ids("2"))]
     form = [Field("Rating: ", choices=("0", "2")), Field("why: ", max_tokens=9)]
-    for options in ({"banned": ["0"]}, {"forms": [form] * len(PROMPTS)}):
+    for options in ({}, {"forms": [form] * len(PROMPTS)}):
         groups = llm.generate(PROMPTS, max_new_tokens=30, temperature=0.7, watch=REPLIES, **options)
         check_watched(llm, groups, spellings)
 
@@ -578,15 +566,6 @@ def test_a_choice_comes_with_the_models_own_probability(llm):
     o, i = (logits[llm.text_ids(letter)[0]].exp().item() for letter in "oi")
     share = sum(c.text == "> tto" for c in completions) / n
     assert share == pytest.approx(o / (o + i), abs=4 * 0.5 / math.sqrt(n))
-
-
-def test_a_label_may_hold_a_banned_word_that_no_value_holds(llm):
-    form = [Field("e or a: ", max_tokens=20), Field("a: ", choices=("0", "1"))]
-    for completion in llm.generate(
-        [PROMPTS[0]], n=50, max_new_tokens=40, temperature=1.0, forms=[form] * 50, banned=["e", "a"]
-    )[0]:
-        free, _ = values(llm, form, completion)
-        assert not set("eaEA") & set(llm.decode(free))
 
 
 def test_no_value_is_blank(llm):

@@ -10,8 +10,8 @@ import random
 import re
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -44,23 +44,22 @@ OTTERS = (
     "carry them off. Their fur holds a million hairs in a square inch and keeps a layer of air. They eat a quarter of "
     "their weight in urchins and crabs each day."
 )
-PROBLEM = "sea otters wrap the fronds of kelp around themselves?"
+PROBLEM = "Why do sea otters wrap the fronds of kelp around themselves?"
 REFERENCE = "The current would carry them off while they rest on their backs, and a layer of air keeps their fur warm."
 CRITERIA = [
     Criterion("Kelp", "the current does not carry them off", "The answer states what the fronds are good for.", 3.0),
     Criterion("Food", "urchins and crabs each day", "The answer states what the animals live on.", 1.0),
 ]
-RUBRIC_TEXT = "\n".join(
-    f"{k}. Fact: {c.gold}\nName: {c.name}\nDescription: {c.description}\nWeight: 3" for k, c in enumerate(CRITERIA, 1)
-)
+RUBRIC_TEXT = json.dumps({"criteria": [asdict(c) for c in CRITERIA]})
 
 
 SAYS = {
-    "propose": PROBLEM,
+    "propose": f"<problem>{PROBLEM}</problem>",
+    "gate": "",
     "reference": REFERENCE,
     "solve": "Otters float.",
     "rubric": RUBRIC_TEXT,
-    "judge": "Thought: so\nRating: 1\nThought: so\nRating: 1",
+    "judge": "1. Evidence: so\nRating: 1\n2. Evidence: so\nRating: 1\nScore: 5",
 }
 
 
@@ -75,11 +74,12 @@ class Speaker(LLM):
 
     def generate(self, prompts: Sequence[list[int]], *, desc: str, n: int = 1, **options) -> list[list[Completion]]:
         self.prompts[desc] += prompts
-        return [[Completion([7], SAYS[desc], True)] * n for _ in prompts]
+        ids = self.text_ids(SAYS[desc])
+        return [[Completion(ids, SAYS[desc], True, len(ids) * [[1 / 3] * 3])] * n for _ in prompts]
 
-    def choice_probs(self, rows: Sequence[list[int]], choices, desc: str) -> torch.Tensor:
+    def choice_probs(self, rows: Sequence[list[int]], choices: Sequence[int], desc: str) -> torch.Tensor:
         self.prompts[desc] += rows
-        return torch.full((len(rows), 3), 1 / 3)
+        return torch.full((len(rows), len(choices)), 1 / len(choices))
 
 
 def prompts_with(tokenizer, text: str, judge: str = "generate") -> dict[str, list[list[int]]]:
@@ -87,11 +87,13 @@ def prompts_with(tokenizer, text: str, judge: str = "generate") -> dict[str, lis
     llm, cfg = Speaker(tokenizer), Config(judge=judge, rubric_answers=2, group_size=2)
     (e,) = rubric.propose(llm, [Document("otters", f"{text} {OTTERS} {text}")], cfg, random.Random(0))
     assert e.drop is None
-    rubric.write_references(llm, [(e, f"{text} {PROBLEM} {text}", "Because")], cfg)
     e.problem, e.reference = f"{text} {PROBLEM} {text}", f"{text} {REFERENCE} {text}"
+    rubric.gate(llm, [e.problem], cfg)
+    rubric.write_references(llm, [(e, e.problem)], cfg)
     rubric.solve(llm, [e], cfg)
     e.answers = [Answer(f"{text} Otters float. {text}"), Answer(text)]
     rubric.write_rubrics(llm, [e], cfg)
+    llm.prompts["rubric"].append(llm.encode("", rubric.rubric_prompt(e, cfg, rendering=1)))
     e.rubric = [Criterion(f"{text} name", f"{text} gold", text, 1.0), CRITERIA[0]]
     rubric.judge(llm, [e], cfg)
     return llm.prompts
@@ -128,7 +130,7 @@ def tokenizer(request):
     return AutoTokenizer.from_pretrained(model.resolve("smollm2"))
 
 
-@pytest.fixture(scope="module", params=["generate", "logits"])
+@pytest.fixture(scope="module", params=["generate", "each", "logits"])
 def harmless(tokenizer, request):
     """The judge's kind, and the prompts of every role when nobody means harm."""
     return request.param, prompts_with(tokenizer, "Otters swim.", request.param)
@@ -173,11 +175,38 @@ def test_no_text_adds_moves_or_removes_a_special_token(tokenizer, text, harmless
 def test_no_text_adds_moves_or_removes_a_fence(tokenizer, text, harmless):
     judge, plain_prompts = harmless
     hostile = prompts_with(tokenizer, text, judge)
-    for role in ("propose", "reference", "rubric", "judge"):
+    for role in ("propose", "gate", "reference", "rubric", "judge"):
         for ids, plain in zip(hostile[role], plain_prompts[role], strict=True):
             fences = tags(tokenizer.decode(plain))
-            assert any("document" in fence or "answer" in fence for fence in fences)
+            assert any(name in fence for fence in fences for name in ("document", "answer", "problem"))
             assert tags(tokenizer.decode(ids)) == fences
+
+
+# Filled with the project's own words alone.
+OUR_WORDS = {"PROPOSE", "RUBRIC"}
+
+
+def templates() -> Iterator[tuple[str, str]]:
+    """The prompts of rubric.py that texts are put into, with their names."""
+    for name, value in vars(rubric).items():
+        if name.isupper() and name not in OUR_WORDS:
+            for text in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(text, str) and re.search(r"\{[a-z]+\}", text):
+                    yield name, text
+
+
+def test_every_prompt_that_takes_texts_is_found():
+    assert {name for name, _ in templates()} == set(
+        "DOCUMENT TOPIC REFERENCE GATE PROBLEM KNOWN ANSWER JUDGE RATE SCORE HOLISTIC".split()
+    )
+
+
+@every_text
+def test_no_text_adds_or_removes_a_fence_in_any_prompt(text):
+    for name, template in templates():
+        fields = re.findall(r"\{([a-z]+)\}", template)
+        plain, hostile = (rubric.fill(template, **dict.fromkeys(fields, t)) for t in ("Otters swim.", f"{text} {text}"))
+        assert tags(plain) and tags(hostile) == tags(plain), name
 
 
 def letters(text: str) -> str:
@@ -198,35 +227,41 @@ def test_each_text_stands_whole_between_its_own_fences(tokenizer, text):
     problem, reference = letters(f"{text}{PROBLEM}{text}"), letters(f"{text}{REFERENCE}{text}")
     assert between("propose", "document") == document
     assert (between("reference", "document"), between("reference", "problem")) == (document, problem)
-    assert between("rubric", "document") == document
-    assert (between("rubric", "problem"), between("rubric", "reference")) == (problem, reference)
-    for number, answer in enumerate([f"{whole}Ottersfloat.{whole}", whole]):
+    for rendering in (0, 1):
+        assert between("rubric", "document", rendering) == document
+        assert between("rubric", "problem", rendering) == problem
+        assert between("rubric", "reference", rendering) == reference
+    asked = tokenizer.decode(prompts["gate"][-1])
+    assert letters(re.split("</?problem>", asked)[-2]) == problem
+    answers = [f"{whole}Ottersfloat.{whole}", whole, reference, letters(rubric.UNRELATED)]
+    for number, answer in enumerate(answers):
         assert between("judge", "answer", number) == answer
         assert between("judge", "problem", number) == problem
-        assert between("judge", "criteria", number).startswith("1." + whole + "name:" + whole)
+        assert f"{whole}name:{whole}Goldanswer:{whole}gold" in between("judge", "criteria", number)
 
 
 def test_answers_shown_to_the_rubric_writer_have_a_fence_each():
     tokenizer = byte_tokenizer()
     for text in HOSTILE.values():
-        (ids,) = prompts_with(tokenizer, text)["rubric"]
-        prompt = tokenizer.decode(ids)
-        assert re.findall("</?answer>", prompt) == ["<answer>", "</answer>"] * 2
+        for ids in prompts_with(tokenizer, text)["rubric"]:
+            assert re.findall("</?answer>", tokenizer.decode(ids)) == ["<answer>", "</answer>"] * 2
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_no_text_forges_a_heading_of_the_plain_format(text):
     tokenizer = plain_tokenizer()
-    for prompts in prompts_with(tokenizer, text).values():
+    for role, prompts in prompts_with(tokenizer, text).items():
+        turns = 1 + len(rubric.GATE_SHOTS) * (role == "gate")
         for ids in prompts:
             found = re.findall(r"#{3}\s*(request|response)", tokenizer.decode(ids).lower())
-            assert found == ["request", "response"]
+            assert found == ["request", "response"] * turns
 
 
 def test_a_one_line_text_stays_on_one_line_of_the_prompt():
     breaks = "\r \x0b \x0c \x1c \x1d \x1e \x85 \u2028 \u2029".split(" ")
-    (criterion,) = rubric.parse_rubric(RUBRIC_TEXT.split("\n2.")[0].replace("carry", "".join(breaks) + "carry"))
-    assert len(criterion.gold.splitlines()) == 1 and "carry them off" in criterion.gold
+    for between in ("".join(breaks), json.dumps("".join(breaks))[1:-1]):  # as they are, and escaped
+        criterion, _ = rubric.parse_rubric(RUBRIC_TEXT.replace("carry", between + "carry"))
+        assert len(criterion.gold.splitlines()) == 1 and "not carry them off" in criterion.gold
 
 
 def test_harmless_angle_brackets_stay_as_they_are():
@@ -248,7 +283,7 @@ def test_what_follows_a_document_that_speaks_to_its_reader_is_the_writers_own_ta
     for text in ("Otters swim.", HOSTILE[name]):
         prompt = tokenizer.decode(prompts_with(tokenizer, text)[role][0])
         rest.append(prompt.rpartition("</document>")[2])
-    tasks = [re.sub(r"<problem>.*?</problem>", "", task, flags=re.DOTALL) for task in rest]
+    tasks = [re.sub(r"<(problem|reference|answer)>.*?</\1>", "", task, flags=re.DOTALL) for task in rest]
     assert tasks[0] == tasks[1] and len(tasks[0]) > 40
 
 
@@ -256,12 +291,14 @@ def test_what_follows_a_document_that_speaks_to_its_reader_is_the_writers_own_ta
 
 any_text = st.text(st.characters())  # half surrogate pairs too
 PIECES = """
-    1. 2) - ** * _ # ` : :: . ? ! " ' ( ) [ < / 0 1 2 3 9 \u0662 \u00b2 1e308 -1 NaN inf Fact: Gold: Name: Description:
-    Weight: Thought: Rating: fact weight rating the passage text otter kelp applicable not </answer> {x} \u200b \u202e
+    1. 2) - ** * _ # ` : :: . ? ! " ' ( ) [ ] { } , \\ {" ": }] < / 0 1 2 3 9 \u0662 \u00b2 1e308 -1 NaN Infinity null
+    "name": "gold": "description": "weight": 'name': Evidence: Rating: Score: weight rating <problem> </problem> <think>
+    </think> the passage text otter kelp applicable not </answer> {x} \u200b \u202e
 """.split()
 piece = st.sampled_from([*PIECES, " ", "\n", "\n", "\r", "\0", "\u2028"])
 near_text = st.lists(piece | any_text, max_size=60).map("".join)
-some_text = any_text | near_text | st.just(RUBRIC_TEXT)
+cut_text = st.integers(0, len(RUBRIC_TEXT)).map(lambda end: RUBRIC_TEXT[:end])
+some_text = any_text | near_text | cut_text | st.tuples(cut_text, near_text).map("".join)
 fuzzed = settings(max_examples=300, deadline=None, database=None, derandomize=True)
 number = st.floats() | st.sampled_from([0.0, -1.0, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 100.0])
 
@@ -274,10 +311,12 @@ def criterion(text: str) -> Criterion:
 READERS: dict[str, Callable[[str], object]] = {
     "parse_rubric": rubric.parse_rubric,
     "parse_ratings": lambda text: rubric.parse_ratings(text, 2),
+    "parse_score": rubric.parse_score,
+    "in_tags": rubric.in_tags,
+    "final_answer": rubric.final_answer,
+    "topic": rubric.topic,
     "read_weight": rubric.read_weight,
-    "whole_sentences": rubric.whole_sentences,
     "ngrams": lambda text: rubric.ngrams(text, 4),
-    "loops": rubric.loops,
     "content_words": rubric.content_words,
     "problem_fault": lambda text: rubric.problem_fault(text, OTTERS),
     "problem_fault, document": lambda text: rubric.problem_fault(PROBLEM, text),
@@ -290,7 +329,6 @@ READERS: dict[str, Callable[[str], object]] = {
     "fill": lambda text: rubric.fill("{text}", text=text),
     "judge_prompt": lambda text: rubric.judge_prompt(text, [criterion(text)], text),
     "rate_prompt": lambda text: rubric.rate_prompt(text, criterion(text), text),
-    "statements": rubric.statements,
     "keep_criteria": lambda text: rubric.keep_criteria(Episode(Document("otters", OTTERS), PROBLEM), text, Config()),
     "neutralise": Speaker(families_tokenizer()).neutralise,
 }
@@ -323,17 +361,19 @@ def test_a_weight_is_a_finite_number_above_0_or_none(text):
 
 @fuzzed
 @given(some_text)
-def test_whole_sentences_are_the_text_up_to_its_last_sentence_end(text):
-    ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*(?=\s|$)", text)]
-    assert rubric.whole_sentences(text) == text[: ends[-1] if ends else 0]
+def test_no_text_yields_a_criterion_that_is_not_whole(text):
+    for criterion in rubric.parse_rubric(text):
+        parts = (criterion.gold, criterion.name, criterion.description)
+        assert all(len(part.splitlines()) == 1 and re.search(r"\w", part) for part in parts)
+        assert 0 < criterion.weight <= 100
 
 
 def naive_distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
     def same(a: Criterion, b: Criterion) -> bool:
-        facts = [rubric.words(c.gold) for c in (a, b)]
-        if all("applicable" in fact for fact in facts):
+        golds = {a.gold, b.gold}
+        if golds == {rubric.NO_GOLD}:
             return rubric.words(a.description) == rubric.words(b.description)
-        return facts[0] == facts[1] and not any("applicable" in fact for fact in facts)
+        return rubric.NO_GOLD not in golds and rubric.words(a.gold) == rubric.words(b.gold)
 
     kept: list[Criterion] = []
     for c in criteria:
@@ -367,14 +407,14 @@ def test_a_share_that_could_lift_a_reward_out_of_0_to_1_is_refused(option, value
         Config(**{option: value})
 
 
-def test_thousands_of_criteria_are_read():
-    text = "".join(
-        f"{k}. Fact: fact {k}\nName: n\nDescription: the answer states {k}\nWeight: {w}\n"
-        for k, w in enumerate(["0", "-3", "NaN", "1e308", "inf", "2"] * 2000)
+def test_hundreds_of_criteria_are_read():
+    weights = ["0", "-3", "NaN", "1e308", "Infinity", "2"] * 40
+    text = ",".join(
+        f'{{"name":"n","gold":"g{k}","description":"states {k}","weight":{w}}}' for k, w in enumerate(weights)
     )
-    criteria = rubric.parse_rubric(text)
-    assert len(criteria) == 2000 and {c.weight for c in criteria} == {2.0}
-    assert rubric.grade([1.0] * 2000, criteria) == 0.5
+    criteria = rubric.parse_rubric(f'{{"criteria":[{text}]}}')
+    assert len(criteria) == 40 and {c.weight for c in criteria} == {2.0}
+    assert rubric.grade([1.0] * 40, criteria) == 0.5
 
 
 def megabyte(piece: str) -> str:
@@ -382,17 +422,29 @@ def megabyte(piece: str) -> str:
 
 
 LONG = {
-    **{repr(piece): megabyte(piece) for piece in "* : 1 a \" ' _ < . \n \r ( ² \u200b \0".split(" ")},
+    **{repr(piece): megabyte(piece) for piece in "* : 1 a \" ' _ < . \n \r ( [ { } \\ ² \u200b \0".split(" ")},
     "spaces": megabyte(" "),
-    "labels": megabyte("1. Fact:"),
-    "labels in a line": megabyte("Fact"),
-    "a label and stars": "Fact" + megabyte("*"),
+    "empty objects": megabyte("{}"),
+    "sets": megabyte("{x}"),
+    "open keys": megabyte('{"'),
+    "open objects": megabyte('{"a":'),
+    "open lists of objects": megabyte('{"criteria":[{'),
+    "open single quotes": megabyte("{'a':"),
+    "objects in quotes": megabyte("{','") + "}",
+    "objects in an object": '{"a":[' + megabyte('{"b":{"c":1}},') + "1]}",
+    "closed objects": megabyte('{"a":')[:10_000] + "1" + "}" * 10**6,
+    "long numbers": '{"name":' + megabyte("1") + "}",
+    "hexadecimal": "{'name':0x" + "f" * 1_980 + "}" + megabyte(" "),
+    "whole criteria": megabyte(json.dumps(asdict(CRITERIA[0]))),
+    "a label and stars": "Rating" + megabyte("*"),
     "a label and spaces": "Rating:" + megabyte(" "),
-    "labels and no colon": megabyte("Fact*\nRating "),
-    "empty criteria": megabyte("Fact:\nName:\n"),
-    "whole criteria": "".join(
-        f"{k}. Fact: g{k}\nName: n\nDescription: the answer states {k}\nWeight: 3\n" for k in range(16_000)
-    )[: 10**6],
+    "a label and colons": "Score" + megabyte(":"),
+    "labels and no colon": megabyte("Evidence*\nRating "),
+    "an open tag": "<problem>" + megabyte("<"),
+    "an open tag and spaces": "<problem> <" + megabyte(" "),
+    "open tags of problems": megabyte("<problem"),
+    "open thoughts": megabyte("<think>"),
+    "closed thoughts": megabyte("</think> "),
     "ratings": megabyte("Rating: 1\n"),
     "sentences": megabyte(". "),
     "closing quotes": megabyte('."') + "x",
@@ -616,57 +668,7 @@ def test_every_loading_call_of_the_hub_libraries_refuses_code_in_so_many_words()
                 assert trust == ["False"] * needed, f"{path.name}:{call.lineno}"
 
 
-# ---------------------------------------------------------------------------- rejects, attempts and forms besides
-
-
-@pytest.mark.parametrize(
-    ("fault", "changes"),
-    [
-        (None, {}),
-        ("description too short", {"description": "It states that."}),
-        ("repeats itself", {"description": "The answer states one fact and the answer states one fact."}),
-        ("repeats itself", {"gold": "urchins and crabs each day, urchins and crabs each day"}),
-        ("gold not from the document", {"gold": "Roman aqueducts of stone each day"}),
-        ("gold repeats the problem", {"gold": "wrap the fronds of kelp around themselves"}),
-        (None, {"gold": "Not applicable."}),
-    ],
-)
-def test_a_criterion_is_rejected_for(fault, changes):
-    criterion = replace(CRITERIA[0], **changes)
-    assert rubric.criterion_fault(criterion, "Why do " + PROBLEM, OTTERS) == fault
-
-
-def test_of_tries_at_once_the_first_good_pair_is_kept_and_every_reject_counted():
-    problems = ["penguins swim so far?", PROBLEM, "sea otters eat urchins and crabs each day?"]
-    second = "Urchins and crabs make up a quarter of their weight, which they eat while they rest on their backs."
-    asked = []
-
-    class Two(Speaker):
-        def generate(self, prompts, *, desc, n=1, **options):
-            asked.append((desc, len(prompts), n))
-            replies = {"propose": [problems], "reference": [["Yes.", REFERENCE, second]] * 2}[desc]
-            return [[Completion([7], text, True) for text in group] for group in replies]
-
-    llm = Two(byte_tokenizer())
-    (e,) = rubric.propose(llm, [Document("otters", OTTERS)], Config(tries=6, tries_at_once=3), random.Random(0))
-    assert asked == [("propose", 1, 3), ("reference", 2, 3)]
-    assert e.problem.endswith(PROBLEM) and e.reference == REFERENCE and e.drop is None
-    reasons = [f["reason"] for f in e.failures]
-    assert reasons == ["not about the document", "reference too short", "reference too short"]
-
-
-def test_attempts_side_by_side_are_no_more_than_the_tries():
-    asked = []
-
-    class Hopeless(Speaker):
-        def generate(self, prompts, *, desc, n=1, **options):
-            asked.append(n)
-            return [[Completion([7], "penguins swim so far?", True)] * n for _ in prompts]
-
-    rubric.propose(
-        Hopeless(byte_tokenizer()), [Document("otters", OTTERS)], Config(tries=5, tries_at_once=3), random.Random(0)
-    )
-    assert asked == [3, 2]
+# ------------------------------------------------------------------------------------------- forms with quotes
 
 
 def fill_in(llm: LLM, form: Sequence[Field], n: int, **options) -> list[list[int]]:
@@ -675,26 +677,32 @@ def fill_in(llm: LLM, form: Sequence[Field], n: int, **options) -> list[list[int
     return [completion.ids for completion in group]
 
 
-def test_a_value_within_a_text_is_written_with_that_texts_tokens_alone():
+def test_a_quoted_value_holds_no_quote_and_a_quote_may_end_it():
     llm = tiny_llm()
-    own = {*llm.text_ids("otter kelp"), llm.text_ids("\n")[-1], *llm.text_ids("A: "), *llm.eos_ids}
-    for ids in fill_in(llm, [Field("A: ", 12, within="otter kelp<|stop|>")], n=40):
-        assert set(ids) <= own | set(llm.text_ids("< |stop|>"))
-        assert not set(ids[:-1]) & set(llm.tokenizer.all_special_ids)
-    free = fill_in(llm, [Field("A: ", 12)], n=40)
-    assert any(not set(ids) <= own for ids in free), "a free value would prove nothing"
+    for quoted in (True, False):
+        form = [
+            Field('{"a": "', 12, quoted=quoted),
+            Field('", "b": "', 12, min_tokens=3, quoted=quoted),
+            Field('"}', 0),
+        ]
+        texts = [llm.decode(ids) for ids in fill_in(llm, form, n=200)]
+        whole = [bool(re.fullmatch(r'\{"a": "[^"\\\n]+\n", "b": "[^"\\\n]{2,}\n"\}', text.strip())) for text in texts]
+        assert all(whole) if quoted else not all(whole), "free values without quotes would prove nothing"
 
 
-@pytest.mark.parametrize(
-    ("fields", "banned"),
-    [
-        pytest.param([Field("A: ", 4, within="o", distinct=True)] * 4, [], id="fewer beginnings than distinct values"),
-        pytest.param([Field("A: ", 4, within="\n \n", min_tokens=3)], [], id="only blanks"),
-        pytest.param([Field("A: ", 4, within="ab", min_tokens=3)], ["a", "b"], id="every token banned"),
-    ],
-)
-def test_a_text_without_any_token_left_does_not_stop_a_form(fields, banned):
-    llm = tiny_llm()
-    for ids in fill_in(llm, fields, n=20, banned=banned):
-        assert llm.decode(ids).count("A: ") == len(fields)
-        assert ids[-1] in llm.eos_ids
+def test_the_end_of_a_quoted_value_is_as_likely_as_the_likeliest_of_its_ends():
+    llm, n = tiny_llm(), 2000
+    ids = fill_in(llm, [Field("> ", 2, quoted=True)], n=n)
+    quote, newline = llm.text_ids('"')[0], llm.text_ids("\n")[0]
+    before = [72, 105, *llm.text_ids("> ")]
+    firsts = [row[len(before) - 2] for row in ids]
+    first = max(set(firsts), key=firsts.count)
+    with torch.no_grad():
+        logits = llm.model(input_ids=torch.tensor([[*before, first]])).logits[0, -1].double()
+    logits[newline] = logits[[newline, quote, llm.eos_ids[0]]].max()
+    for token in (quote, llm.text_ids("\\")[0], *llm.eos_ids, *llm.tokenizer.all_special_ids):
+        logits[llm.tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else token] = -torch.inf
+    seconds = [row[len(before) - 1] for row in ids if row[len(before) - 2] == first]
+    share = seconds.count(newline) / len(seconds)
+    expected = logits.softmax(-1)[newline].item()
+    assert len(seconds) > 100 and share == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(len(seconds)))

@@ -18,12 +18,24 @@ SERVER.set_forkserver_preload(
 )
 
 
+def prompt_merges() -> tuple[tuple[str, str], ...]:
+    """What bytes are merged to, so that the roles' prompts take hundreds of tokens instead of thousands."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1_000, initial_alphabet=alphabet, show_progress=False)
+    bpe.train([str(Path(__file__).parents[1] / name) for name in ("rubric.py", "crutches.py")], trainer)
+    return tuple((a, b) for a, b in json.loads(bpe.to_str())["model"]["merges"])
+
+
 def tiny_folder(folder: Path) -> Path:
     """The tiny model of conftest.py as a folder that `from_pretrained` reads."""
     from conftest import byte_tokenizer, tiny_model
 
-    tokenizer = byte_tokenizer()
-    model = tiny_model(len(tokenizer))
+    tokenizer = byte_tokenizer(prompt_merges())
+    model = tiny_model(len(tokenizer), context=8192)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -43,11 +55,11 @@ def flags(model: Path, run: Path, **more: object) -> list[str]:
         "tries_at_once": 1,
         "tries": 1,
         "max_words": 50,
-        "problem_tokens": 6,
-        "reference_tokens": 6,
+        "problem_tokens": 16,
+        "reference_tokens": 12,
         "max_new_tokens": 8,
         "max_criteria": 2,
-        "criterion_tokens": 36,
+        "criterion_tokens": 45,
         "save_every": 1,
         "show_every": 100,
         "updates_per_batch": 2,
@@ -108,10 +120,9 @@ def open_gates(setattr) -> None:
     """A random model's noise passes the quality gates, and its groups have a spread."""
     import pop
 
-    for gate in ("problem_fault", "criterion_fault"):
-        setattr(pop.rubric, gate, lambda *_: None)
+    setattr(pop.rubric, "problem_fault", lambda problem, *_: None if problem else "unfinished")
     setattr(pop.rubric, "reference_fault", lambda reference, *_: None if reference else "empty")
-    setattr(pop.rubric, "whole_sentences", lambda text: text)
+    setattr(pop.rubric, "criterion_fault", lambda *_: None)
     setattr(pop, "ZERO_SPREAD", 0.0)
 
 
