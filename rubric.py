@@ -458,7 +458,7 @@ def problem_prompt(episode: Episode, kind: str, cfg: "Config") -> str:
     return known(episode, cfg) + PROPOSE[cfg.task].format(kind=kind) + IN_TAGS
 
 
-TAGS = re.compile(r"<\s*problem\s*>(.*?)(?:<\s*(?:/\s*)?problem\s*>|\Z)", re.IGNORECASE | re.DOTALL)
+TAGS = re.compile(r"(?:<\s*problem\s*>\s*)+(.*?)(?:<\s*(?:/\s*)?problem\s*>|\Z)", re.IGNORECASE | re.DOTALL)
 
 
 def in_tags(text: str) -> str:
@@ -888,7 +888,7 @@ ANSWER_SAYS = re.compile(
     r"(?:states?|says?|mentions?|explains?|notes?|includes?|identifies|gives?)(?: that)?:? ",
     re.IGNORECASE,
 )
-ABOUT_THE_ANSWER = re.compile(r"\A(?:the |a |an )?(?:full |good |better )?(?:answer|response)s?\b", re.IGNORECASE)
+ABOUT_THE_ANSWER = re.compile(r"\A(?:the |a |an )?(?:full |good |better )?(?:answer|response)s?\b|\Ashould\b", re.IGNORECASE)
 # "None of the drugs" is a fact.
 NO_GOLD_SAID = re.compile(r"(?:(?:n/?a|none|null)\W*\Z|not (?:applicable|available)\b)", re.IGNORECASE)
 
@@ -1053,19 +1053,15 @@ RATING = re.compile(r"^(?:\d|[^\w\n])*rating\b\W*?:[ \t*_`(\[\"]*([012])(?!\w|\.
 def parse_ratings(text: str, criteria: int) -> list[tuple[str, int]] | None:
     """A judge's text -> what is said before each rating and where its digit is, or None unless each criterion has one.
 
-    Ratings of criteria that do not exist are passed over if all are numbered.
-
     >>> parse_ratings("1. Evidence: It says so.\\nRating: 2", 1)
     [('Evidence: It says so.', 33)]
     """
     found = list(RATING.finditer(text))
-    starts = [0, *(match.end() for match in found)]
-    said = [text[start : match.start()].strip() for start, match in zip(starts, found, strict=False)]
-    numbered = all(re.match(rf"\W*{k}[.):]", words) for k, words in enumerate(said, 1))
-    if len(found) != criteria and not (numbered and len(found) > criteria):
+    if len(found) != criteria:
         return None
-    told = [" ".join(re.sub(r"^\W*\d+[.):]", "", words).split()) for words in said]
-    return [(words, match.start(1)) for words, match in zip(told, found, strict=True)][:criteria]
+    starts = [0, *(match.end() for match in found)]
+    said = [text[start : match.start()] for start, match in zip(starts, found, strict=False)]
+    return [(" ".join(s.split()).lstrip("0123456789.) "), match.start(1)) for s, match in zip(said, found, strict=True)]
 
 
 def read_ratings(llm: LLM, output: Completion, criteria: int) -> list[tuple[str, float]] | None:

@@ -59,7 +59,7 @@ def test_a_rubric_is_written_once_if_it_can_be_read(llm):
 def test_a_rubric_that_cannot_be_read_is_tried_again(llm):
     e, script = write(llm, ["I cannot."], [rubric_text(KESTREL_RUBRIC)], ["never asked for"])
     assert (e.rubric, e.drop, len(script.calls)) == (KESTREL_RUBRIC, None, 2)
-    assert e.failures == [{"role": "rubric", "reason": "no complete criterion", "raw": "I cannot."}]
+    assert e.failures == [{"role": "rubric", "reason": "no complete criterion", "raw": rubric.RUBRIC_BEGUN[0] + "I cannot."}]
 
 
 def test_attempts_are_greedy_then_greedy_at_the_other_rendering_then_three_samples(llm):
@@ -69,7 +69,8 @@ def test_attempts_are_greedy_then_greedy_at_the_other_rendering_then_three_sampl
     first, second, third = (call.ids[0] for call in script.calls)
     assert first == third != second
     assert (e.rubric, e.drop) == ([], "rubric/no complete criterion")
-    assert [f["raw"] for f in e.failures] == ["no", "nor this", "1", "2", "3"]
+    begun, other = rubric.RUBRIC_BEGUN
+    assert [f["raw"] for f in e.failures] == [begun + "no", other + "nor this", begun + "1", begun + "2", begun + "3"]
 
 
 def test_the_other_rendering_shows_the_same_in_another_order(llm):
