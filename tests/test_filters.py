@@ -170,6 +170,7 @@ def test_a_good_reference_passes(problem, reference):
         ("reference repeats itself", "a " * 40),
         ("reference repeats itself", f"{NOTICE} {STORY} {STORY}"),
         ("problem gives the answer away", "the heating failed twice and the council will not say who pays for repairs"),
+        ("reference mentions the text", f"{NOTICE}\nIn a word, the article states that nobody wants to pay for it."),
         ("reference adds no fact", "It was the council, which would not say who, and so the heating failed again."),
     ],
 )
@@ -202,6 +203,11 @@ REVIEW = "Write a short review of a kettle, with a rating from 1 to 5 stars."
         (REVIEW, "Flawless since May.\nScore: 5/5"),
         ("Draft the rules of a cake contest for the judges.", "Instructions for the judges: taste each cake twice."),
         ("Give me sample JSON of a film.", 'A film:\n{"title": "Rust", "rating": 2, "year": 1999}'),
+        (
+            "Give me feedback on my essay.",
+            "This essay is an excellent start, and covers the requirements of the course.",
+        ),
+        ("What is a plan for outages?", "The response must cover all requirements of the regulator within an hour."),
         ("Evaluate my essay by your own criteria.", "Structure: good.\nReason: clear parts\nScore: 7/10"),
     ],
 )
@@ -255,6 +261,24 @@ def test_a_short_answer_has_enough_content_where_it_fits(problem, text):
 @pytest.mark.parametrize("text", ["", "...", "Thought process:", "Sure, here is the answer:", "boil it now " * 20])
 def test_a_stub_or_a_loop_never_has(problem, text):
     assert guards.too_little_content(text, problem)
+
+
+@pytest.mark.parametrize(
+    ("problem", "fits"),
+    [
+        ("Which river runs through Lyon?", True),
+        ("In what year did the mill close?", True),
+        ("The mill closed. Who owned it?", True),
+        ("Suggest a title for a book on rust.", True),
+        ("Was the mill closed by fire or by debt?", True),
+        ("Is a whale a fish, and why?", False),
+        ("Write a scene where two brothers meet a man who owes them money.", False),
+        ("Explain which river runs through Lyon.", False),
+        ("Tell me about rust.", False),
+    ],
+)
+def test_a_short_answer_fits_a_question_for_a_fact(problem, fits):
+    assert rubric.short_answer_fits(problem) == fits
 
 
 def test_a_few_words_are_too_little_where_the_problem_asks_for_an_explanation():
