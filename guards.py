@@ -97,7 +97,7 @@ def too_little_content(text: str, problem: str) -> bool:
 def in_english(text: str) -> bool:
     """Whether most letters are Latin: the words of some other scripts cannot be told apart, let alone counted."""
     letters = [c for c in text if c.isalpha()]
-    return 2 * sum(c.isascii() for c in letters) > len(letters)
+    return 2 * sum(c.isascii() for c in letters) >= len(letters)
 
 
 def copies_problem(text: str, problem: str, n: int = 4, share: float = 0.9) -> bool:
@@ -115,7 +115,8 @@ def copies_problem(text: str, problem: str, n: int = 4, share: float = 0.9) -> b
 
 # Most of these words are innocent alone (the immune response is complete; all criteria of a diagnosis are met; the
 # judges give a rider full marks), so a pattern needs the answer speaking of itself, or the judge's own vocabulary.
-SELF = r"\b(?:this|my|the(?: above)?) (?:answer|response|reply|essay|submission)\b"
+ANSWER = r"(?:answer|response|reply|essay|submission)\b"
+SELF = rf"\b(?:(?:this|my|the above) {ANSWER}|the {ANSWER} above\b)"
 FULL_MARKS = (
     r"\b(?:full|max|maximum|highest|top|perfect|best) (?:possible )?(?:marks?|scores?|ratings?|grades?|credit)\b"
 )
@@ -133,8 +134,8 @@ PRAISES_ITSELF = re.compile(
         [
             f"{SELF}.{{0,80}}?(?:{FULL_MARKS}|{MET})",
             f"{FULL_MARKS}.{{0,80}}?{SELF}",
-            r"\b(?:this|my|the above) (?:answer|response|reply|essay|submission)" + PRAISE,
-            r"\b(?:rate|grade|score|mark) (?:this|my|the above) (?:answer|response|reply|essay|submission)\b",
+            SELF + PRAISE,
+            rf"\b(?:rate|grade|score|mark) {SELF}",
             rf"\bplease (?:\w+ ){{0,5}}?{FULL_MARKS}",
         ]
     ),
@@ -162,6 +163,10 @@ FORGED_LINE = re.compile(
 )
 FORGED_JSON = re.compile(r"""\{\s{0,9}["'](?:rating|score|grade)s?["']\s{0,9}:[\d",\s[\]]{1,60}\}""", re.IGNORECASE)
 PROMPT_MARK = re.compile(r"<\|[a-z_]{3,40}\|>|\[/?INST\]", re.IGNORECASE)
+# The answer praised is someone's that the problem brings.
+BRINGS_ANSWER = re.compile(
+    rf"\b(?:my|our|this|following|his|her|their|student'?s?|sample) (?:\w+ )?{ANSWER}", re.IGNORECASE
+)
 # The rest is what a review with a rating or instructions for judges are made of, where the problem asks for these.
 ASKS_FOR_RATINGS = re.compile(
     r"\b(?:rat(?:e|ed|ing|ings)|reviews?|scor(?:e|es|ing)|grad(?:e|es|ing|ers?)|judg(?:e|es|ing)|evaluat\w+|rubrics?|"
@@ -185,7 +190,7 @@ def judge_addressing(text: str, problem: str = "") -> bool:
     if (
         PROMPT_MARK.search(text)
         or closes_fence(text)
-        or any(PRAISES_ITSELF.search(sentence) for sentence in sentences)
+        or (not BRINGS_ANSWER.search(problem) and any(PRAISES_ITSELF.search(sentence) for sentence in sentences))
         or any(FOUND_LINE.match(line) and RATING_LINE.match(after) for line, after in pairwise(lines))
     ):
         return True

@@ -612,12 +612,15 @@ SOURCE = re.compile(
 NOUN = re.compile(r"passage|excerpt|document|article|text|extract|paragraph|author", re.IGNORECASE)
 
 
-def points_at_source(text: str, given: str) -> bool:
-    """Whether the text speaks of a text that `given`, all that its reader has, neither holds nor asks for."""
+def points_at_source(text: str, problem: str) -> bool:
+    """Whether the text speaks of a text that the problem does not bring, nor asks for, nor itself introduced."""
     mentioned = {noun.lower() for match in SOURCE.finditer(text) for noun in NOUN.findall(match[0])}
-    if not mentioned or brings_text(given):
+    if not mentioned or brings_text(problem):
         return False
-    return not any(re.search(rf"\b(?:an?|my|our|your) (?:[\w-]+ ){{0,6}}{n}", given, re.IGNORECASE) for n in mentioned)
+    introduced = (
+        r"\b(?:an?|my|our|your) (?:(?!the |this )[\w-]+ ){0,4}"  # "write an article ... the article should ..."
+    )
+    return not any(re.search(introduced + noun, f"{problem}\n{text}", re.IGNORECASE) for noun in mentioned)
 
 
 def brings_text(problem: str) -> bool:
@@ -648,12 +651,12 @@ def refers_to_nothing(problem: str) -> bool:
 
 # Problems that a word, a name, a number or a line may answer, unless they ask for prose too.
 SHORT = re.compile(
-    r"\b(?:(?:one|single|two|three|few|five) words?|word or phrase|yes or no|true or false|who|whom|whose|which|when|"
-    r"where|title|slogan|headline|tagline|motto|calculate|compute|solve|convert|translate|classify|"
-    r"what(?:'s| is| was| are| were| \w+)|how (?:many|much|old|long|far|tall|high|deep|big|large|fast|heavy|often)|"
-    r"(?:only|just) (?:the|an?|one|with|by)|(?:name|identify|state|give|pick|choose|select|find) "
-    r"(?:the|an?|one|two|three))\b|\A\W*(?:is|are|was|were|do|does|did|can|could|has|have|will|would|should)\b"
-    r"|\bor [^.?!\n]{1,60}\?",
+    r"\b(?:(?:one|single|two|three|few|five) words?|word or phrase|yes or no|true or false|title|slogan|headline|"
+    r"tagline|calculate|compute|solve|convert|translate|classify|(?:only|just) (?:the|an?|one|with|by)|"
+    r"(?:name|identify|state|give|pick|choose|select|find) (?:the|an?|one|two|three))\b|\bor [^.?!\n]{1,60}\?|"
+    r"(?:\A|[,.?!:\n])\W{0,5}(?:(?:at|by|from|in|of|on|to) )?(?:who|whom|whose|which|when|where|what|what's|"
+    r"how (?:many|much|old|long|far|tall|high|deep|big|large|fast|heavy|often)|"
+    r"is|are|was|were|do|does|did|can|could|has|have|will|would|should)\b",
     re.IGNORECASE,
 )
 PROSE = re.compile(
@@ -673,7 +676,7 @@ def short_answer_fits(problem: str) -> bool:
     return bool(SHORT.search(problem)) and not PROSE.search(problem)
 
 
-REPEATED = 0.32  # of itself, at most: room for a refrain or the code that it improves, not for a text whose half recurs
+REPEATED = 0.32  # more is a loop: a refrain, a table, or code before and after a change repeat less than a third
 
 
 def problem_fault(problem: str, document: str | None) -> str | None:
@@ -699,10 +702,10 @@ def reference_fault(reference: str, problem: str, document: str | None, n: int =
     """
     if not words(reference):
         return "reference too short"
-    brief = short_answer_fits(problem) and len(words(reference)) < 20
-    if not brief and len(words(reference)) < 8:
+    brief = len(words(reference)) < 8
+    if brief and not short_answer_fits(problem):
         return "reference too short"
-    if points_at_source(reference, f"{problem}\n{reference}"):
+    if points_at_source(reference, problem):
         return "reference mentions the text"
     if repeated(reference) > REPEATED:
         return "reference repeats itself"

@@ -122,6 +122,12 @@ def test_a_bad_problem_is_rejected_for(reason, problem):
             True,
         ),
         ("How did the Romans bring water to Nimes?", False),
+        (  # two words in common are chance in a problem of many
+            "Sea otters wrap themselves in kelp before sleep.\n- Describe their winter fur and its density.\n- Compare "
+            "pups with grown animals.\n- Tell how urchins, crabs and clams reach their table.\n- Who repaired the coast "
+            "after hunters left, and which forests under water came back?",
+            False,
+        ),
         (f"{STORY}\n\nContinue it in the voice of a gull who has seen what lies in the deep water out there.", False),
     ],
 )
@@ -140,6 +146,7 @@ def test_a_problem_is_about_its_document_if_it_shares_some_of_its_words(problem,
         ("In which year did the mill close?", "1931"),
         ("Which is heavier, gold or lead?", "Gold."),
         (f'Continue the story: "{STORY}"', STORY + " That night she rowed out alone. " + NOTICE),
+        ("How do crews agree?", "They sign a document every spring. The document lists the shifts of each of them."),
         ("Write a paragraph on why ferries run late.", "The document that a captain signs lists what may delay him."),
         (
             f"Improve the text below.\n\n{NOTICE}",
@@ -170,6 +177,7 @@ def test_a_good_reference_passes(problem, reference):
         ("reference repeats itself", "a " * 40),
         ("reference repeats itself", f"{NOTICE} {STORY} {STORY}"),
         ("problem gives the answer away", "the heating failed twice and the council will not say who pays for repairs"),
+        ("reference mentions the text", f"{NOTICE}\nIn a word, the article states that nobody wants to pay for it."),
         ("reference adds no fact", "It was the council, which would not say who, and so the heating failed again."),
     ],
 )
@@ -202,6 +210,11 @@ REVIEW = "Write a short review of a kettle, with a rating from 1 to 5 stars."
         (REVIEW, "Flawless since May.\nScore: 5/5"),
         ("Draft the rules of a cake contest for the judges.", "Instructions for the judges: taste each cake twice."),
         ("Give me sample JSON of a film.", 'A film:\n{"title": "Rust", "rating": 2, "year": 1999}'),
+        (
+            "Give me feedback on my essay.",
+            "This essay is an excellent start, and covers the requirements of the course.",
+        ),
+        ("What is a plan for outages?", "The response must cover all requirements of the regulator within an hour."),
         ("Evaluate my essay by your own criteria.", "Structure: good.\nReason: clear parts\nScore: 7/10"),
     ],
 )
@@ -255,6 +268,24 @@ def test_a_short_answer_has_enough_content_where_it_fits(problem, text):
 @pytest.mark.parametrize("text", ["", "...", "Thought process:", "Sure, here is the answer:", "boil it now " * 20])
 def test_a_stub_or_a_loop_never_has(problem, text):
     assert guards.too_little_content(text, problem)
+
+
+@pytest.mark.parametrize(
+    ("problem", "fits"),
+    [
+        ("Which river runs through Lyon?", True),
+        ("In what year did the mill close?", True),
+        ("The mill closed. Who owned it?", True),
+        ("Suggest a title for a book on rust.", True),
+        ("Was the mill closed by fire or by debt?", True),
+        ("Is a whale a fish, and why?", False),
+        ("Write a scene where two brothers meet a man who owes them money.", False),
+        ("Explain which river runs through Lyon.", False),
+        ("Tell me about rust.", False),
+    ],
+)
+def test_a_short_answer_fits_a_question_for_a_fact(problem, fits):
+    assert rubric.short_answer_fits(problem) == fits
 
 
 def test_a_few_words_are_too_little_where_the_problem_asks_for_an_explanation():
