@@ -124,7 +124,7 @@ def test_a_bad_problem_is_rejected_for(reason, problem):
         ("How did the Romans bring water to Nimes?", False),
         (  # two words in common are chance in a problem of many
             "Sea otters wrap themselves in kelp before sleep.\n- Describe their winter fur and its density.\n- Compare "
-            "pups with grown animals.\n- Tell how urchins, crabs and clams reach their table.\n- Who repaired the coast "
+            "pups with grown animals.\n- Tell how urchins and clams reach their table.\n- Who repaired the coast "
             "after hunters left, and which forests under water came back?",
             False,
         ),
@@ -146,7 +146,7 @@ def test_a_problem_is_about_its_document_if_it_shares_some_of_its_words(problem,
         ("In which year did the mill close?", "1931"),
         ("Which is heavier, gold or lead?", "Gold."),
         (f'Continue the story: "{STORY}"', STORY + " That night she rowed out alone. " + NOTICE),
-        ("How do crews agree?", "They sign a document every spring. The document lists the shifts of each of them."),
+        ("How do crews agree?", "They sign a document every spring. The document states the shifts of each of them."),
         ("Write a paragraph on why ferries run late.", "The document that a captain signs lists what may delay him."),
         (
             f"Improve the text below.\n\n{NOTICE}",
