@@ -240,7 +240,7 @@ def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
     reached = gated + len(proposed) + sum(n for why, n in reasons["proposer"].items() if why.startswith("reference"))
     criteria = [(e, c) for e in with_rubric for c in e.rubric]
     golds = [(e, c) for e, c in criteria if c.gold != rubric.NO_GOLD]
-    found = [rubric.content_words(c.gold) <= rubric.content_words(e.document.text) for e, c in golds]
+    found = [known(rubric.content_words(c.gold), rubric.content_words(e.document.text)) for e, c in golds]
     named = [
         len(rubric.content_words(f"{c.name} {c.description} {c.gold}") & rubric.content_words(e.problem)) > 1
         for e, c in criteria
@@ -275,6 +275,11 @@ def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
         "spread within a group, mean": f"{statistics.fmean(spread):.3f}" if spread else "-",
         "reference above another document's": share(sum(above), len(above)),
     }
+
+
+def known(gold: set[str], document: set[str]) -> bool:
+    """Whether most of a gold answer's words stand in the document."""
+    return len(gold & document) >= 0.6 * len(gold)
 
 
 def rounded(answer: rubric.Answer, episode: Episode) -> float:

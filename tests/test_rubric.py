@@ -59,7 +59,9 @@ def test_a_rubric_is_written_once_if_it_can_be_read(llm):
 def test_a_rubric_that_cannot_be_read_is_tried_again(llm):
     e, script = write(llm, ["I cannot."], [rubric_text(KESTREL_RUBRIC)], ["never asked for"])
     assert (e.rubric, e.drop, len(script.calls)) == (KESTREL_RUBRIC, None, 2)
-    assert e.failures == [{"role": "rubric", "reason": "no complete criterion", "raw": rubric.RUBRIC_BEGUN[0] + "I cannot."}]
+    assert e.failures == [
+        {"role": "rubric", "reason": "no complete criterion", "raw": rubric.RUBRIC_BEGUN[0] + "I cannot."}
+    ]
 
 
 def test_attempts_are_greedy_then_greedy_at_the_other_rendering_then_three_samples(llm):
