@@ -323,8 +323,8 @@ Reply with one JSON object and nothing else:
 
 "facts": up to four facts, each a short sentence that a full answer could contain.
 "differences": up to three short sentences, each on one thing in which the answers differ.
-"gold": one of these facts, in a few words or a number; "{no_gold}" where no single fact decides, as with form, style or \
-advice.
+"gold": one of these facts, in a few words or a number; "{no_gold}" where no single fact decides, as with form, \
+style or advice.
 "name": what the criterion is about, in two to six words.
 "description": a sentence or two on what any answer must say or do to meet the criterion, with an example, and on what \
 falls short. It does not speak of the answers above, which the grader does not see.
