@@ -101,7 +101,7 @@ class Judge:
                 end = next((at + 1 for at, token in enumerate(reply) if token in llm.eos_ids), len(reply))
                 text = llm.decode(reply[:end])
                 read = rubric.parse_ratings(text, len(pairs[i][0].rubric))
-                ratings[i] = read and [float(text[digit]) for _, digit in read]
+                ratings[i] = None if read is None else [float(text[digit]) for _, digit in read]
         return ratings
 
 

@@ -250,12 +250,8 @@ def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
     pairs = [abs(a - b) for each in grades for a, b in combinations(each, 2)]
     digits = [abs(a - b) for e in judged for a, b in combinations([rounded(a, e) for a in e.answers if a.ratings], 2)]
     read = [a.ratings is not None for e in judged for a in [*e.answers, *e.controls]]
-    above = [
-        own > other
-        for e in judged
-        for own, other in [[a.ratings and rubric.grade(a.ratings, e.rubric) for a in e.controls]]
-        if own is not None and other is not None
-    ]
+    controls = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in judged]
+    above = [both[0] > both[1] for both in controls if len(both) == 2]
     spread = [statistics.pstdev(each) for each in grades if len(each) > 1]
     return {
         "proposals accepted at the first try": share(len(first), len(episodes)),
