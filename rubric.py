@@ -1067,7 +1067,9 @@ def parse_ratings(text: str, criteria: int) -> list[tuple[str, int]] | None:
 def read_ratings(llm: LLM, output: Completion, criteria: int) -> list[tuple[str, float]] | None:
     """A judge's reply -> (evidence, expected rating) for each criterion, or None."""
     found = parse_ratings(output.text, criteria)
-    return found and [(said, expected(output.watched[llm.token_at(output, digit)])) for said, digit in found]
+    if found is None:
+        return None
+    return [(said, expected(output.watched[llm.token_at(output, digit)])) for said, digit in found]
 
 
 def expected(probs: Sequence[float]) -> float:
