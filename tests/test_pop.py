@@ -375,7 +375,7 @@ def test_an_output_folder_with_a_run_in_it_is_refused(tmp_path):
 
 
 def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):
-    with pytest.raises(UserError, match="context is 2048"):
+    with pytest.raises(UserError, match="context is 8192"):
         pop.check_context(llm, replace(CFG, max_words=5000))
 
 
