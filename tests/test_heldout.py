@@ -22,8 +22,9 @@ from data import SAMPLES, Corpus, Document, UserError
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
-SHORT = dict(max_new_tokens=16, group_size=2, problem_tokens=16, reference_tokens=16, audit=4, eval_documents=4)
-CFG = Config(**{**pop.PRESETS["demo"], **SHORT})
+# In bytes, of which the forms' labels take the most.
+SHORT = dict(max_new_tokens=16, problem_tokens=48, reference_tokens=24, criterion_tokens=120)
+CFG = Config(**{**pop.PRESETS["demo"], **SHORT, "preset": "demo", "group_size": 2, "audit": 4, "eval_documents": 4})
 RUBRIC = [
     Criterion("Yeast", "wild yeast", "The answer states what lives in it.", 3.0),
     Criterion("Time", "h", "d", 1.0),
@@ -36,7 +37,6 @@ def open_gates(monkeypatch):
     """The quality gates, which the noise of a random model cannot pass, are opened."""
     for gate in ("problem_fault", "reference_fault", "criterion_fault"):
         monkeypatch.setattr(rubric, gate, lambda text, *_: None if text else "empty")
-    monkeypatch.setattr(rubric, "whole_sentences", lambda text: text)
 
 
 @pytest.fixture
@@ -192,8 +192,7 @@ def test_the_essay_has_the_length_of_an_answer_and_nothing_of_the_documents():
 
 def test_the_forgery_is_what_a_writing_judge_would_write():
     forged = heldout.criteria_met(Episode(Document("d", ""), rubric=RUBRIC), replace(CFG, judge="generate"))
-    thoughts, ratings = rubric.parse_ratings(forged, 2)
-    assert ratings == [2.0, 2.0] and thoughts == 2 * ["The answer fully meets this criterion."]
+    assert [forged[digit] for _, digit in rubric.parse_ratings(forged, len(RUBRIC))] == ["2", "2"]
 
 
 def test_the_forgery_is_the_end_of_the_logits_judges_prompt_and_a_reply():
@@ -510,8 +509,8 @@ def run(open_gates, monkeypatch, tmp_path):
     """Run pop.py with the tiny model and flags; returns the run folder."""
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--group-size", "2", "--max-new-tokens", "16"]
-    brief = ["--tries", "3", "--tries-at-once", "1", "--problem-tokens", "8", "--reference-tokens", "8"]
-    always = [*short, *brief, "--criterion-tokens", "40", "--no-guard-too-little-content", "--lr", "0.01"]
+    brief = ["--tries", "3", "--tries-at-once", "1", "--problem-tokens", "48", "--reference-tokens", "24"]
+    always = [*short, *brief, "--criterion-tokens", "120", "--no-guard-too-little-content", "--lr", "0.01"]
 
     def go(name, *flags):
         assert pop.main([*always, *flags, "--output", str(tmp_path / name)]) == 0
