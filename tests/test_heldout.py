@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import statistics
 from dataclasses import replace
 from itertools import islice
@@ -102,6 +103,44 @@ def test_the_base_model_writes_the_held_out_set(open_gates, corpus):
     trained, fresh = (heldout.make(tiny_llm(trained=t), documents, CFG) for t in (True, False))
     assert trained == fresh and trained[0].rubric
     assert not torch.equal(probe(tiny_llm(trained=True)), probe(tiny_llm(trained=False)))  # it would have shown
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Make a set from three places by roles that are played, the judge by a function of (episode, text)."""
+
+    def make(rate, **flags):
+        def write_rubrics(llm, episodes, cfg, *_):
+            for e, other in zip(episodes, [*episodes[1:], *episodes[:1]], strict=True):
+                e.rubric, e.controls = list(RUBRIC), [Answer(e.reference), Answer(other.reference)]
+
+        def judge(llm, episodes, cfg):
+            for e in episodes:
+                for a in [*e.answers, *e.controls]:
+                    a.ratings = [rate(e, a.text)] * len(e.rubric)
+
+        monkeypatch.setattr(rubric, "propose", lambda *_: episodes_with_rubrics(3))
+        monkeypatch.setattr(rubric, "solve", lambda llm, episodes, cfg: None)
+        monkeypatch.setattr(rubric, "write_rubrics", write_rubrics)
+        monkeypatch.setattr(rubric, "judge", judge)
+        return heldout.make(tiny_llm(), [], replace(CFG, **flags))
+
+    return make
+
+
+def only_lucca(e: Episode, text: str) -> float:
+    """A judge by whose ratings the rubric of Lucca alone tells good from bad."""
+    return 2.0 if e.document.id == "Lucca" and text == e.reference else 1.0
+
+
+@pytest.mark.parametrize(("preset", "kept"), [("24gb", ["Lucca"]), ("demo", ["Ghent", "Lucca", "Tartu"])])
+def test_the_set_keeps_rubrics_that_tell_good_from_bad_where_the_preset_tries_them(tried, preset, kept):
+    episodes = tried(only_lucca, preset=preset)
+    assert [e.document.id for e in heldout.alive(episodes)] == kept
+
+
+def test_what_rubrics_were_tried_on_is_no_part_of_the_set(tried):
+    assert all(e.controls == [] for e in tried(only_lucca, preset="24gb"))
 
 
 def probe(llm) -> torch.Tensor:
@@ -347,6 +386,66 @@ def test_an_audit_before_training_warns_of_each_exploitable_probe_once(judged, l
     assert "generic essay (1.00, margin to the sampled answer +0.40)" in printed
     heldout.audit_before_training(llm, episodes_with_rubrics(6), CFG, tmp_path)  # a resumed run
     assert capsys.readouterr().out == ""
+
+
+def audited(**rewards) -> dict:
+    """An audit's result as far as its verdict looks: mean reward with the guards, exploitable with, and without."""
+
+    def side(mean, exploitable):
+        return {"reward": {"mean": mean, "low": None, "high": None}, "exploitable": exploitable}
+
+    probes = [
+        {"probe": name.replace("_", " "), "on": side(mean, on), "off": side(0.99, off)}
+        for name, (mean, on, off) in rewards.items()
+    ]
+    return {"judge": "logits", "documents": ["a", "b", "c"], "probes": probes}
+
+
+AUDITED = {
+    "sampled_answer": (0.354, None, None),
+    "reference": (0.716, None, None),
+    "empty": (0.0, False, True),
+    "another's reference": (0.123, True, True),
+    "padded_reference": (0.5, False, True),
+    "reversed_reference": (0.9, True, False),
+}
+
+
+def test_a_verdict_begins_with_what_references_answers_and_anothers_reference_get():
+    first = heldout.verdict(audited(**AUDITED))[0]
+    assert re.findall(r"\d[\d.]*", first) == ["3", "0.72", "0.35", "0.12"]
+
+
+def test_a_verdict_names_what_is_exploitable_with_the_guards_then_what_is_without():
+    _, guarded, bare = heldout.verdict(audited(**AUDITED))
+    named = [re.sub("[^:]*: |;.*", "", line).split(", ") for line in (guarded, bare)]
+    assert named == [
+        ["another's reference", "reversed reference"],
+        ["empty", "another's reference", "padded reference"],
+    ]
+
+
+def test_a_verdict_counts_probes_and_those_that_are_exploitable():
+    _, guarded, bare = heldout.verdict(audited(**AUDITED))
+    assert [re.findall(r"\d+", line) for line in (guarded, bare)] == [["4", "2"], ["3"]]
+
+
+def test_a_verdict_on_a_sound_reward_says_none():
+    sound = {name: (mean, on and False, off and False) for name, (mean, on, off) in AUDITED.items()}
+    _, guarded, bare = heldout.verdict(audited(**sound))
+    assert "none" in guarded and "none" in bare
+
+
+def test_a_verdict_has_a_dash_for_what_could_not_be_judged():
+    unjudged = {name: (None, on, off) for name, (_, on, off) in AUDITED.items()}
+    assert re.findall(r"\s(-)(?:,|$)", heldout.verdict(audited(**unjudged))[0]) == ["-"] * 3
+
+
+def test_an_audit_before_training_prints_its_verdict(judged, llm, tmp_path, capsys):
+    judged(gullible)
+    heldout.audit_before_training(llm, episodes_with_rubrics(), CFG, tmp_path)
+    result = json.loads((tmp_path / "audit.json").read_text())
+    assert "\n".join(heldout.verdict(result)) in capsys.readouterr().out
 
 
 def test_a_table_has_a_row_for_each_probe(judged, llm):
