@@ -250,12 +250,8 @@ def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
     pairs = [abs(a - b) for each in grades for a, b in combinations(each, 2)]
     digits = [abs(a - b) for e in judged for a, b in combinations([rounded(a, e) for a in e.answers if a.ratings], 2)]
     read = [a.ratings is not None for e in judged for a in [*e.answers, *e.controls]]
-    above = [
-        own > other
-        for e in judged
-        for own, other in [[a.ratings and rubric.grade(a.ratings, e.rubric) for a in e.controls]]
-        if own is not None and other is not None
-    ]
+    tried = [[a.ratings and rubric.grade(a.ratings, e.rubric) for a in e.controls] for e in judged]
+    above = [each[0] > each[1] for each in tried if each and None not in each]
     spread = [statistics.pstdev(each) for each in grades if len(each) > 1]
     return {
         "proposals accepted at the first try": share(len(first), len(episodes)),
@@ -292,7 +288,7 @@ def wilson(part: int, whole: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927)."""
     p, n = part / whole, whole
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def since(start: float) -> str:
