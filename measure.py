@@ -293,7 +293,7 @@ def wilson(part: int, whole: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927)."""
     p, n = part / whole, whole
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def since(start: float) -> str:

@@ -559,9 +559,6 @@ def gate_messages(question: str, problem: str) -> list[dict[str, str]]:
     return [*turns, {"role": "user", "content": fill(question, problem=problem)}]
 
 
-SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[.!?][\"')\]])\s+")
-
-
 def final_answer(text: str) -> str:
     """The text without the thoughts of a reasoning model, which are trained on but never judged.
 
@@ -579,12 +576,6 @@ def final_answer(text: str) -> str:
         return text
     _, closed, answer = text.rpartition("</think>")
     return answer.strip() if closed else ""
-
-
-def whole_sentences(text: str) -> str:
-    """Cut off an unfinished last sentence; "" if no sentence ends."""
-    upto_last = re.match(r"(?s:.*)[.!?][\"')\]]*(?=\s|$)", text)
-    return upto_last[0] if upto_last else ""
 
 
 FUNCTION_WORDS = frozenset(
@@ -612,11 +603,6 @@ def content_words(text: str) -> set[str]:
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     w = words(text)
     return [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
-
-
-def loops(text: str, n: int = 4, times: int = 3) -> bool:
-    """Whether some n words in a row stand in the text `times` times: a small model that is stuck."""
-    return max(Counter(ngrams(text, n)).values(), default=0) >= times
 
 
 def repeated(text: str) -> float:

@@ -43,7 +43,7 @@ def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokeni
     return wrapped
 
 
-def tiny_model(vocab: int, seed: int = 0, width: int = 32, context: int = 2048) -> LlamaForCausalLM:
+def tiny_model(vocab: int, seed: int = 0, width: int = 32, context: int = 8192) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,

@@ -10,6 +10,7 @@ import torch
 from conftest import byte_tokenizer, tiny_llm
 from test_pop import CFG as UPDATE
 from test_pop import gradients, group
+from test_roles import between, named, rubric_text, tagged, verdict, watched
 
 import heldout
 import pop
@@ -26,43 +27,52 @@ DOCUMENT = Document(
 )
 PROBLEM = "Why does the Severn have a bore that comes twice a day?"
 REFERENCE = "Because the tides rise by fourteen metres in the funnel of the estuary, they bring a wave two metres tall."
-RUBRIC = """1. Fact: the funnel of the estuary
-Name: Funnel
-Description: The answer states what makes the water so high.
-Weight: 3
-2. Fact: fourteen metres in spring
-Name: Height
-Description: The answer states how far the water rises there.
-Weight: 1"""
+RUBRIC = [
+    Criterion("Funnel", "a funnel-shaped estuary", "The answer states what makes the Severn so high.", 3.0),
+    Criterion("Height", "some fourteen metres", "The answer states how far the Severn rises there.", 1.0),
+]
 ANSWERS = ["The moon pulls at the sea and the river swells.", "A funnel makes the water of the sea rise very high."]
 
 
 class Speaker(LLM):
-    """A tokenizer without a model: says what each role should, and keeps every prompt by role."""
+    """A tokenizer without a model: says what each role should, and keeps every prompt by role.
+
+    As judge it finds all that is asked in the reference, nothing in the unrelated answer, and in others the funnel.
+    """
 
     def __init__(self) -> None:
         self.tokenizer, self.prompts, self.answers = byte_tokenizer(), {}, ANSWERS
-        self.says = {
-            "propose": PROBLEM,
-            "reference": REFERENCE,
-            "rubric": RUBRIC,
-            "judge": "1. Thought: It does.\nRating: 2\n2. Thought: It does not.\nRating: 0",
-        }
+        self.eos_ids = [self.tokenizer.eos_token_id]
+        self.says = {"propose": tagged(PROBLEM), "reference": REFERENCE, "rubric": rubric_text(RUBRIC)}
 
     def adapters_off(self):
         return contextlib.nullcontext()
 
     def note(self, role, prompts):
         self.prompts.setdefault(role, []).extend(self.decode(ids) for ids in prompts)
+        return self.prompts[role][-len(prompts) :]
 
     def generate(self, prompts, *, desc, n=1, **options):
-        self.note(desc, prompts)
+        asked = self.note(desc, prompts)
+        if desc == "judge":
+            return [[watched(self, self.judged(prompt))] for prompt in asked]
         texts = self.answers if desc == "solve" else [self.says[desc]] * n
         return [[Completion([7], text, True) for text in texts] for _ in prompts]
 
+    def judged(self, prompt):
+        if "judge" in self.says:
+            return self.says["judge"]
+        told = {REFERENCE: 2, rubric.UNRELATED: 0}
+        return verdict(*(told.get(between(prompt, "answer"), 2 * (name == "Funnel")) for name in named(prompt)))
+
     def choice_probs(self, rows, choices, desc):
-        self.note(desc, rows)
-        return torch.eye(len(choices))[[(7 * i) % len(choices) for i in range(len(rows))]]
+        asked, last = self.note(desc, rows), len(choices) - 1
+        if desc == "gate":
+            good = [between(prompt, "problem") not in rubric.GATE_BAD for prompt in asked]
+            return torch.tensor([[float(yes), float(not yes)] for yes in good])
+        told = {REFERENCE: last, rubric.UNRELATED: 0}
+        ratings = [told.get(between(prompt, "answer"), (7 * i) % (last + 1)) for i, prompt in enumerate(asked)]
+        return torch.eye(last + 1)[ratings]
 
 
 def played(llm=None, **flags):
@@ -77,7 +87,7 @@ def played(llm=None, **flags):
 
 def changed(**flags):
     """(the roles whose prompts differ from the default's, these roles' prompts, the episode)."""
-    before, _ = played(**{name: flags[name] for name in ("judge",) if flags.get(name) == "logits"})
+    before, _ = played(**{name: flags[name] for name in ("judge", "check_rubric") if name in flags})
     after, episode = played(**flags)
     roles = {role for role in before.keys() | after.keys() if before.get(role) != after.get(role)}
     return roles, {role: after.get(role, []) for role in roles}, episode
@@ -91,13 +101,14 @@ def test_without_its_document_the_proposer_knows_a_topic_word_alone():
     assert roles == {"propose", "reference"}
     for prompt in [*prompts["propose"], *prompts["reference"]]:
         assert "fourteen" not in prompt and "estuary" not in prompt
-    assert "<topic>tides</topic>" in prompts["propose"][0]
+    assert all(between(prompt, "topic") == "tides" for prompt in [*prompts["propose"], *prompts["reference"]])
 
 
 @pytest.mark.parametrize("task", ["instructions", "health", "writing"])
 def test_every_task_has_a_prompt_for_a_topic(task):
     prompts, _ = played(proposer_document=False, task=task)
-    assert "tides" in prompts["propose"][0] and "fourteen" not in prompts["propose"][0]
+    for prompt in [*prompts["propose"], *prompts["reference"]]:
+        assert "tides" in prompt and "fourteen" not in prompt
 
 
 def test_a_problem_on_a_topic_alone_is_not_held_against_a_document_that_its_writer_has_not_seen():
@@ -107,20 +118,16 @@ def test_a_problem_on_a_topic_alone_is_not_held_against_a_document_that_its_writ
 
 
 def test_without_the_document_the_rubric_writer_sees_no_reference_either():
-    roles, prompts, _ = changed(rubric_document=False)
+    roles, prompts, _ = changed(rubric_document=False, check_rubric=False)
     assert roles == {"rubric"}
     (prompt,) = prompts["rubric"]
     assert "estuary" not in prompt and "fourteen" not in prompt
     assert PROBLEM in prompt and all(answer in prompt for answer in ANSWERS)
 
 
-def test_with_crutches_a_blind_rubric_writer_is_given_no_sentence_of_the_document():
-    llm, cfg = tiny_llm(), Config(crutches=True, rubric_document=False)
-    form = rubric.rubric_form(llm, Episode(DOCUMENT, PROBLEM, REFERENCE), cfg)
-    assert all("estuary" not in str(line) for line in form)
-    assert any(
-        "estuary" in str(line) for line in rubric.rubric_form(llm, Episode(DOCUMENT, PROBLEM), Config(crutches=True))
-    )
+def test_a_rubric_whose_writer_has_not_seen_the_reference_is_not_tried_on_it():
+    prompts, _ = played(rubric_document=False)
+    assert [between(prompt, "answer") for prompt in prompts["judge"]] == ANSWERS
 
 
 @pytest.mark.parametrize("judge", ["generate", "logits"])
@@ -128,8 +135,8 @@ def test_without_gold_the_judge_is_not_told_the_facts(judge):
     roles, prompts, _ = changed(rubric_gold=False, judge=judge)
     assert roles == {"judge"}
     for prompt in prompts["judge"]:
-        assert "fourteen" not in prompt and "the funnel of the estuary" not in prompt
-        assert "states" in prompt  # the descriptions stay
+        assert not any(c.gold in prompt for c in RUBRIC)
+        assert any(c.description in prompt for c in RUBRIC)
 
 
 def test_a_rubric_can_be_written_without_the_answers_in_view():
@@ -143,28 +150,44 @@ def test_a_rubric_can_be_written_without_the_answers_in_view():
 
 @pytest.mark.parametrize("judge", ["generate", "logits"])
 def test_the_generic_rubric_is_the_same_for_every_problem_and_nobody_writes_it(judge):
-    llm = Speaker()
-    llm.says["judge"] = "\n".join(f"{k}. Thought: So.\nRating: {k % 3}" for k in (1, 2, 3, 4))
     before, _ = played(judge=judge)
-    after, episode = played(llm, rubric="generic", judge=judge)
+    after, episode = played(rubric="generic", judge=judge)
     assert before.keys() - after.keys() == {"rubric"}
     assert all(before[role] == after[role] for role in ("propose", "reference", "solve"))
-    assert episode.rubric == rubric.GENERIC and "fourteen" not in str(after["judge"])
-    if judge == "generate":
-        weights = [c.weight for c in rubric.GENERIC]
-        expected = sum(w * r for w, r in zip(weights, (1, 2, 0, 1), strict=True)) / (2 * sum(weights))
-        assert episode.answers[0].grade == pytest.approx(expected)
+    assert episode.rubric == rubric.GENERIC and not any(c.name in str(after["judge"]) for c in RUBRIC)
+
+
+def test_by_the_generic_rubric_an_answer_is_graded_like_by_any_other():
+    llm, ratings = Speaker(), {c.name: k % 3 for k, c in enumerate(rubric.GENERIC, 1)}
+    llm.judged = lambda prompt: verdict(*(ratings[name] for name in named(prompt)))
+    _, episode = played(llm, rubric="generic")
+    weights = [c.weight for c in rubric.GENERIC]
+    expected = sum(w * r for w, r in zip(weights, (1, 2, 0, 1), strict=True)) / (2 * sum(weights))
+    assert episode.answers[0].grade == pytest.approx(expected)
+
+
+def scored(score):
+    llm = Speaker()
+    llm.says["judge"] = f"Thought: All in all.\nScore: {score}"
+    return played(llm, rubric="holistic")
+
+
+def test_a_holistic_judge_is_asked_without_a_rubric_once_for_each_answer():
+    after, _ = scored("4")
+    assert "rubric" not in after
+    asked = [rubric.fill(rubric.HOLISTIC, problem=PROBLEM, answer=answer) for answer in ANSWERS]
+    assert [prompt in told for prompt, told in zip(asked, after["judge"], strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize(("score", "grade"), [("1", 0.0), ("4", 3 / 9), ("10", 1.0)])
 def test_a_holistic_score_of_1_to_10_is_the_grade(score, grade):
-    llm = Speaker()
-    llm.says["judge"] = f"Thought: All in all.\nScore: {score}"
-    after, episode = played(llm, rubric="holistic")
-    assert "rubric" not in after and len(after["judge"]) == 2
-    assert all("Criteri" not in prompt and "1 (useless) to 10" in prompt for prompt in after["judge"])
+    _, episode = scored(score)
     assert [a.grade for a in episode.answers] == [pytest.approx(grade)] * 2
-    assert episode.answers[0].thoughts == ["All in all."]
+
+
+def test_what_a_holistic_judge_says_before_its_score_is_its_thought():
+    _, episode = scored("4")
+    assert all("All in all." in a.thoughts[0] for a in episode.answers)
 
 
 def test_a_holistic_score_by_logits_is_the_expected_one_of_1_to_9():
@@ -178,31 +201,28 @@ def test_a_score_that_cannot_be_read_is_none(text):
 
 
 def test_a_judge_that_is_asked_once_for_each_criterion_sees_one_at_a_time():
-    llm = Speaker()
-    llm.says["judge"] = "1. Thought: Yes.\nRating: 1"
-    after, episode = played(llm, judge="each")
-    assert len(after["judge"]) == 2 * 2
-    assert [("Funnel" in p, "Height" in p) for p in after["judge"]] == 2 * [(True, False), (False, True)]
-    assert [a.ratings for a in episode.answers] == 2 * [[1.0, 1.0]]
-    assert episode.answers[0].thoughts == ["Yes.", "Yes."]
-    before, _ = played()
-    assert all(before[role] == after[role] for role in ("propose", "reference", "solve", "rubric"))
+    after, _ = played(judge="each", check_rubric=False)
+    seen = [(between(prompt, "answer"), *named(prompt)) for prompt in after["judge"]]
+    assert sorted(seen) == sorted((answer, c.name) for answer in ANSWERS for c in RUBRIC)
+
+
+def test_ratings_of_a_judge_that_is_asked_once_for_each_criterion_are_put_together():
+    _, episode = played(judge="each")
+    assert [a.ratings for a in episode.answers] == 2 * [[2.0, 0.0]]
+
+
+def test_a_judge_that_is_asked_once_for_each_criterion_changes_no_other_role():
+    before, after = played()[0], played(judge="each")[0]
+    assert all(before[role] == after[role] for role in before.keys() | after.keys() if role != "judge")
 
 
 def test_an_answer_with_one_unreadable_rating_of_several_calls_has_none():
     llm = Speaker()
-    replies = iter(["Rating: 1", "nonsense", "Rating: 2", "Rating: 0", "Rating: 1", "still nonsense"])
-    spoken = llm.generate
-
-    def generate(prompts, *, desc, **options):
-        if desc != "judge":
-            return spoken(prompts, desc=desc, **options)
-        return [[Completion([7], next(replies), True)] for _ in prompts]
-
-    llm.generate = generate
-    e = Episode(DOCUMENT, PROBLEM, REFERENCE, [Answer(text) for text in ANSWERS], rubric.parse_rubric(RUBRIC))
+    replies = iter(["Rating: 1", "nonsense", "Rating: 2", "Rating: 2", "Rating: 1", "still nonsense"])
+    llm.judged = lambda prompt: next(replies)
+    e = Episode(DOCUMENT, PROBLEM, REFERENCE, [Answer(text) for text in ANSWERS], RUBRIC)
     rubric.judge(llm, [e], Config(judge="each"))
-    assert [a.ratings for a in e.answers] == [None, [2.0, 0.0]]
+    assert [a.ratings for a in e.answers] == [None, [2.0, 2.0]]
 
 
 # -------------------------------------------------------------------------------------------------- rewards
@@ -356,10 +376,10 @@ def recorded(tmp_path):
     """A run's episodes.jsonl: one without a rubric, one document twice."""
     path = tmp_path / "episodes.jsonl"
     made = [
-        Episode(DOCUMENT, PROBLEM, REFERENCE, [Answer("x")], rubric.parse_rubric(RUBRIC)),
+        Episode(DOCUMENT, PROBLEM, REFERENCE, [Answer("x")], RUBRIC),
         Episode(Document("lost", "A document."), drop="proposer/too short"),
         Episode(Document("other", "Another document."), "Why?", "So.", rubric=[Criterion("n", "g", "d", 2.0)]),
-        Episode(DOCUMENT, "Another problem?", REFERENCE, rubric=rubric.parse_rubric(RUBRIC)),
+        Episode(DOCUMENT, "Another problem?", REFERENCE, rubric=RUBRIC),
     ]
     path.write_text("".join(json.dumps({"step": 1, **asdict(e)}) + "\n" for e in made))
     return str(path)
@@ -367,11 +387,9 @@ def recorded(tmp_path):
 
 def test_replayed_problems_and_rubrics_are_not_written_again(recorded):
     after, episode = played(episodes=recorded)
-    before, _ = played()
-    assert (
-        after.keys() == {"solve", "judge"} and after["solve"] == before["solve"] and after["judge"] == before["judge"]
-    )
-    assert (episode.problem, episode.reference, episode.rubric) == (PROBLEM, REFERENCE, rubric.parse_rubric(RUBRIC))
+    before, _ = played(check_rubric=False)  # it was tried when it was written
+    assert after == {role: before[role] for role in ("solve", "judge")}
+    assert (episode.problem, episode.reference, episode.rubric) == (PROBLEM, REFERENCE, RUBRIC)
 
 
 @pytest.mark.parametrize("flags", [{"rubric_document": False}, {"rubric_answers": 0}])
@@ -408,6 +426,10 @@ ARMS = [
     {"rubric_gold": False},
     {"rubric_answers": 0},
     {"judge": "each"},
+    {"gate": False},
+    {"gate": True},
+    {"check_rubric": False},
+    {"check_rubric": True},
     {"roles": "policy"},
     {"reward": "random"},
     {"guards": False},

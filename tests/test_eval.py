@@ -404,7 +404,6 @@ def open_gates(monkeypatch):
     """A random model's problems pass."""
     for gate in ("problem_fault", "reference_fault", "criterion_fault"):
         monkeypatch.setattr(heldout.rubric, gate, lambda text, *_: None if text else "empty")
-    monkeypatch.setattr(heldout.rubric, "whole_sentences", lambda text: text)
 
 
 def test_held_out_problems_are_never_of_documents_that_an_adapter_was_trained_on(tiny, tmp_path, open_gates):

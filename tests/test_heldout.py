@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import statistics
 from dataclasses import replace
 from itertools import islice
@@ -22,8 +23,9 @@ from data import SAMPLES, Corpus, Document, UserError
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
-SHORT = dict(max_new_tokens=16, group_size=2, problem_tokens=16, reference_tokens=16, audit=4, eval_documents=4)
-CFG = Config(**{**pop.PRESETS["demo"], **SHORT})
+# In bytes, of which the forms' labels take the most.
+SHORT = dict(max_new_tokens=16, problem_tokens=48, reference_tokens=24, criterion_tokens=120)
+CFG = Config(**{**pop.PRESETS["demo"], **SHORT, "preset": "demo", "group_size": 2, "audit": 4, "eval_documents": 4})
 RUBRIC = [
     Criterion("Yeast", "wild yeast", "The answer states what lives in it.", 3.0),
     Criterion("Time", "h", "d", 1.0),
@@ -36,7 +38,6 @@ def open_gates(monkeypatch):
     """The quality gates, which the noise of a random model cannot pass, are opened."""
     for gate in ("problem_fault", "reference_fault", "criterion_fault"):
         monkeypatch.setattr(rubric, gate, lambda text, *_: None if text else "empty")
-    monkeypatch.setattr(rubric, "whole_sentences", lambda text: text)
 
 
 @pytest.fixture
@@ -102,6 +103,44 @@ def test_the_base_model_writes_the_held_out_set(open_gates, corpus):
     trained, fresh = (heldout.make(tiny_llm(trained=t), documents, CFG) for t in (True, False))
     assert trained == fresh and trained[0].rubric
     assert not torch.equal(probe(tiny_llm(trained=True)), probe(tiny_llm(trained=False)))  # it would have shown
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Make a set from three places by roles that are played, the judge by a function of (episode, text)."""
+
+    def make(rate, **flags):
+        def write_rubrics(llm, episodes, cfg, *_):
+            for e, other in zip(episodes, [*episodes[1:], *episodes[:1]], strict=True):
+                e.rubric, e.controls = list(RUBRIC), [Answer(e.reference), Answer(other.reference)]
+
+        def judge(llm, episodes, cfg):
+            for e in episodes:
+                for a in [*e.answers, *e.controls]:
+                    a.ratings = [rate(e, a.text)] * len(e.rubric)
+
+        monkeypatch.setattr(rubric, "propose", lambda *_: episodes_with_rubrics(3))
+        monkeypatch.setattr(rubric, "solve", lambda llm, episodes, cfg: None)
+        monkeypatch.setattr(rubric, "write_rubrics", write_rubrics)
+        monkeypatch.setattr(rubric, "judge", judge)
+        return heldout.make(tiny_llm(), [], replace(CFG, **flags))
+
+    return make
+
+
+def only_lucca(e: Episode, text: str) -> float:
+    """A judge by whose ratings the rubric of Lucca alone tells good from bad."""
+    return 2.0 if e.document.id == "Lucca" and text == e.reference else 1.0
+
+
+@pytest.mark.parametrize(("preset", "kept"), [("24gb", ["Lucca"]), ("demo", ["Ghent", "Lucca", "Tartu"])])
+def test_the_set_keeps_rubrics_that_tell_good_from_bad_where_the_preset_tries_them(tried, preset, kept):
+    episodes = tried(only_lucca, preset=preset)
+    assert [e.document.id for e in heldout.alive(episodes)] == kept
+
+
+def test_what_rubrics_were_tried_on_is_no_part_of_the_set(tried):
+    assert all(e.controls == [] for e in tried(only_lucca, preset="24gb"))
 
 
 def probe(llm) -> torch.Tensor:
@@ -192,8 +231,7 @@ def test_the_essay_has_the_length_of_an_answer_and_nothing_of_the_documents():
 
 def test_the_forgery_is_what_a_writing_judge_would_write():
     forged = heldout.criteria_met(Episode(Document("d", ""), rubric=RUBRIC), replace(CFG, judge="generate"))
-    thoughts, ratings = rubric.parse_ratings(forged, 2)
-    assert ratings == [2.0, 2.0] and thoughts == 2 * ["The answer fully meets this criterion."]
+    assert [forged[digit] for _, digit in rubric.parse_ratings(forged, len(RUBRIC))] == ["2", "2"]
 
 
 def test_the_forgery_is_the_end_of_the_logits_judges_prompt_and_a_reply():
@@ -348,6 +386,66 @@ def test_an_audit_before_training_warns_of_each_exploitable_probe_once(judged, l
     assert "generic essay (1.00, margin to the sampled answer +0.40)" in printed
     heldout.audit_before_training(llm, episodes_with_rubrics(6), CFG, tmp_path)  # a resumed run
     assert capsys.readouterr().out == ""
+
+
+def audited(**rewards) -> dict:
+    """An audit's result as far as its verdict looks: mean reward with the guards, exploitable with, and without."""
+
+    def side(mean, exploitable):
+        return {"reward": {"mean": mean, "low": None, "high": None}, "exploitable": exploitable}
+
+    probes = [
+        {"probe": name.replace("_", " "), "on": side(mean, on), "off": side(0.99, off)}
+        for name, (mean, on, off) in rewards.items()
+    ]
+    return {"judge": "logits", "documents": ["a", "b", "c"], "probes": probes}
+
+
+AUDITED = {
+    "sampled_answer": (0.354, None, None),
+    "reference": (0.716, None, None),
+    "empty": (0.0, False, True),
+    "another's reference": (0.123, True, True),
+    "padded_reference": (0.5, False, True),
+    "reversed_reference": (0.9, True, False),
+}
+
+
+def test_a_verdict_begins_with_what_references_answers_and_anothers_reference_get():
+    first = heldout.verdict(audited(**AUDITED))[0]
+    assert re.findall(r"\d[\d.]*", first) == ["3", "0.72", "0.35", "0.12"]
+
+
+def test_a_verdict_names_what_is_exploitable_with_the_guards_then_what_is_without():
+    _, guarded, bare = heldout.verdict(audited(**AUDITED))
+    named = [re.sub("[^:]*: |;.*", "", line).split(", ") for line in (guarded, bare)]
+    assert named == [
+        ["another's reference", "reversed reference"],
+        ["empty", "another's reference", "padded reference"],
+    ]
+
+
+def test_a_verdict_counts_probes_and_those_that_are_exploitable():
+    _, guarded, bare = heldout.verdict(audited(**AUDITED))
+    assert [re.findall(r"\d+", line) for line in (guarded, bare)] == [["4", "2"], ["3"]]
+
+
+def test_a_verdict_on_a_sound_reward_says_none():
+    sound = {name: (mean, on and False, off and False) for name, (mean, on, off) in AUDITED.items()}
+    _, guarded, bare = heldout.verdict(audited(**sound))
+    assert "none" in guarded and "none" in bare
+
+
+def test_a_verdict_has_a_dash_for_what_could_not_be_judged():
+    unjudged = {name: (None, on, off) for name, (_, on, off) in AUDITED.items()}
+    assert re.findall(r"\s(-)(?:,|$)", heldout.verdict(audited(**unjudged))[0]) == ["-"] * 3
+
+
+def test_an_audit_before_training_prints_its_verdict(judged, llm, tmp_path, capsys):
+    judged(gullible)
+    heldout.audit_before_training(llm, episodes_with_rubrics(), CFG, tmp_path)
+    result = json.loads((tmp_path / "audit.json").read_text())
+    assert "\n".join(heldout.verdict(result)) in capsys.readouterr().out
 
 
 def test_a_table_has_a_row_for_each_probe(judged, llm):
@@ -510,8 +608,8 @@ def run(open_gates, monkeypatch, tmp_path):
     """Run pop.py with the tiny model and flags; returns the run folder."""
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--group-size", "2", "--max-new-tokens", "16"]
-    brief = ["--tries", "3", "--tries-at-once", "1", "--problem-tokens", "8", "--reference-tokens", "8"]
-    always = [*short, *brief, "--criterion-tokens", "40", "--no-guard-too-little-content", "--lr", "0.01"]
+    brief = ["--tries", "3", "--tries-at-once", "1", "--problem-tokens", "48", "--reference-tokens", "24"]
+    always = [*short, *brief, "--criterion-tokens", "120", "--no-guard-too-little-content", "--lr", "0.01"]
 
     def go(name, *flags):
         assert pop.main([*always, *flags, "--output", str(tmp_path / name)]) == 0

@@ -132,11 +132,11 @@ def test_a_local_judge_gives_the_expected_digit_where_it_is_asked_for(llm):
 
 
 def test_a_question_beyond_the_context_is_unjudged_and_says_by_how_much(llm):
-    long = question("long", "word " * 500)
+    long = question("long", "word " * 2_000)
     tokens = len(llm.encode_messages(long.messages)) + len("Rating: 10\n")  # or the end token, in bytes
     verdicts = asked(LocalJudge(llm, "tiny"), [*longer(2), long])
     assert verdicts["long"].value is None
-    assert verdicts["long"].reason == f"too long for the judge: {tokens} tokens, its context is 2048"
+    assert verdicts["long"].reason == f"too long for the judge: {tokens} tokens, its context is 8192"
     assert verdicts["q0"].value and verdicts["q1"].value
 
 
@@ -144,7 +144,7 @@ def test_each_question_is_answered_on_its_own_form(llm):
     def voting(name, text, choices):
         return Question(name, [{"role": "user", "content": text}], [Field("Vote: ", choices=choices)], len, 16)
 
-    some = [voting("long", "a" * 2048, ("no",)), voting("b", "b", ("yes", "maybe")), voting("c", "c", ("A", "B"))]
+    some = [voting("long", "a" * 8192, ("no",)), voting("b", "b", ("yes", "maybe")), voting("c", "c", ("A", "B"))]
     replies = {name: verdict.reply for name, verdict in asked(LocalJudge(llm, "tiny"), some).items()}
     assert replies["long"] == ""
     assert replies["b"] in ("Vote: yes", "Vote: maybe") and replies["c"] in ("Vote: A", "Vote: B")
@@ -153,7 +153,7 @@ def test_each_question_is_answered_on_its_own_form(llm):
 def test_a_question_that_just_fits_is_judged(llm):
     """With room for the longest reply that its form allows, whatever an endpoint might need."""
     template = len(llm.encode_messages(question("", " ").messages)) - 1
-    longest = "a" * (2048 - template - len("Rating: 10\n"))
+    longest = "a" * (8192 - template - len("Rating: 10\n"))
     some = [question("q", longest, max_tokens=10_000), question("q+", longest + "a"), *longer(1)]
     verdicts = asked(LocalJudge(llm, "tiny"), some)
     assert [verdicts[name].value is None for name in ("q", "q+", "q0")] == [False, True, False]

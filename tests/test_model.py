@@ -271,9 +271,9 @@ def test_a_completion_is_cut_after_its_first_end_token_though_the_pad_is_the_sam
 
 
 def test_a_prompt_and_completion_fill_the_context_and_no_more(llm):
-    assert len(greedy(llm, [random_ids(2046, seed=0)], max_new_tokens=2)[0][0]) == 2
-    with pytest.raises(UserError, match=r"2049 .* 2048"):
-        greedy(llm, [[1, 2], random_ids(2046, seed=0)], max_new_tokens=3)
+    assert len(greedy(llm, [random_ids(8190, seed=0)], max_new_tokens=2)[0][0]) == 2
+    with pytest.raises(UserError, match=r"8193 .* 8192"):
+        greedy(llm, [[1, 2], random_ids(8190, seed=0)], max_new_tokens=3)
 
 
 # ---------------------------------------------------------------------------------------------- replies watched
@@ -413,7 +413,7 @@ TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}AFT
 @pytest.mark.parametrize("after", ["<|end|>", "<|end|>\n", "<|end|><|stop|>", "<|end|>\n<|start|>assistant\n"])
 def test_a_turn_of_the_chat_template_ends_with_a_token_that_ends_completions_too(after):
     llm = ending_llm(TURNS.replace("AFTER", after))
-    assert llm.eos_ids == [STOP, END] and llm.pad_id == STOP
+    assert llm.eos_ids == [END, STOP] and llm.pad_id == STOP
     torch.manual_seed(0)
     endings: Counter[int | None] = Counter()
     for completion in llm.generate([PROMPTS[0]], n=200, max_new_tokens=60, temperature=1.5)[0]:
@@ -445,7 +445,7 @@ def test_what_is_no_token_right_after_a_turn_ends_nothing(template):
 
 def test_added_line_ends_and_unknown_words_end_nothing():
     assert ending_llm(TURNS.replace("AFTER", "\n\n"), more=("\n\n",)).eos_ids == [STOP]
-    assert ending_llm(TURNS.replace("AFTER", "</turn>"), more=("</turn>",)).eos_ids == [STOP, 259]
+    assert ending_llm(TURNS.replace("AFTER", "</turn>"), more=("</turn>",)).eos_ids == [259, STOP]
     tokenizer = sentencepiece_tokenizer(byte_fallback=False)
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
     tokenizer.chat_template = TURNS.replace("AFTER", "zz")
@@ -1011,7 +1011,7 @@ def test_cudnn_attention_is_switched_off_with_the_first_model():
 
 
 def test_models_that_keep_to_their_first_rope_factors_have_that_context(llm):
-    assert llm.context == 2048
+    assert llm.context == 8192
     llm.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 512}
     assert llm.context == 512
 

@@ -165,7 +165,7 @@ def test_all_but_the_update_see_the_documents_that_a_step_takes():
         "propose": 6,
         "solve": 6,
         "rubric": 6,
-        "judge": 6 * 8,
+        "judge": 6 * (8 + 2),  # and the two that a rubric is tried on
         "update": 4,
     }
     plain, more = (plan.tokens_of(replace(cfg, oversample=times)) for times in (1.0, 1.5))
@@ -175,11 +175,27 @@ def test_all_but_the_update_see_the_documents_that_a_step_takes():
 def test_the_logits_judge_holds_the_beginnings_of_one_batch_at_a_time():
     cfg = replace(config_of("24gb"), judge="logits", documents=2, oversample=1.0)
     few, many = (work_of(replace(cfg, documents=n))["judge"] for n in (2, 200))
-    # 49,152 tokens are 24 rows of 762 + 250 + 1,024, or 3 groups of 8 answers that begin alike.
-    assert few == many and (many.prompt, many.beginnings, many.rest) == (2_036, 3, 1_024 + plan.QUESTION)
-    # In 4,096 there is room for two rows: a group is read in four pieces, its beginning in each.
-    small, large = (plan.tokens_of(replace(cfg, rollout_tokens=n))["judge"][0] for n in (4_096, 49_152))
+    # 49,152 tokens are 20 rows of 650 + 512 + 250 + 1,024, or 2 groups of 8 answers that begin alike.
+    assert few == many and (many.prompt, many.beginnings, many.rest) == (2_436, 2, 1_024 + plan.QUESTION)
+    # In 5,000 there is room for two rows: a group is read in four pieces, its beginning in each.
+    small, large = (plan.tokens_of(replace(cfg, rollout_tokens=n))["judge"][0] for n in (5_000, 49_152))
     assert small - large == 3 * 2 * 5 * (many.prompt - many.rest)
+
+
+def test_answers_that_a_rubric_is_not_tried_on_are_not_judged():
+    cfg = replace(config_of("24gb"), rollout_tokens=10**9, documents=4, oversample=1.0)
+    tried, untried = (work_of(replace(cfg, check_rubric=check))["judge"].prompts for check in (True, False))
+    assert (tried, untried) == (4 * (8 + 2), 4 * 8)
+
+
+def test_the_solver_is_given_the_problem_in_the_chat_template_and_nothing_else():
+    assert work_of(replace(config_of("24gb"), problem_tokens=500))["solve"].prompt == 500 + 60
+
+
+def test_the_rubric_writer_is_given_all_that_there_is():
+    cfg = replace(config_of("24gb"), max_words=1_000, problem_tokens=500, reference_tokens=700, max_new_tokens=800)
+    prompts = [work_of(replace(cfg, rubric_answers=n))["rubric"].prompt for n in (0, 6, 20)]
+    assert prompts == [1_400 + 500 + 650 + 700 + shown * 800 for shown in (0, 6, 8)]
 
 
 def test_48gb_preset_fits_44_gib_in_every_phase():
@@ -249,12 +265,13 @@ def test_tokens_of_a_step_are_counted_over_every_try_and_answer():
     judge, update = work_of(cfg)["judge"], work_of(cfg)["update"]
     # 10 beginnings (a problem with a criterion) once, the rest of 8 answers x 5 criteria; each prompt once.
     assert counted["judge"][0] == 10 * (judge.prompt - judge.rest) + 40 * (10 + plan.QUESTION)
+    assert counted["rubric"][0] == 2 * 3 * work_of(cfg)["rubric"].prompt
     assert update.n == 4 and counted["update"][0] == 2 * update.prompt + 8 * 10
     problem_and_reference = cfg.problem_tokens + cfg.reference_tokens
     assert written == {
         "propose": 2 * 3 * problem_and_reference,
         "solve": 80,
-        "rubric": 2 * (1 + 3) * 5 * 250,  # greedy, then three samples
+        "rubric": 2 * (1 + 1 + 3) * 5 * 250,  # two greedy attempts, then three samples
         "judge": 0,
         "update": 80,
     }

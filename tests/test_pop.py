@@ -283,7 +283,6 @@ def played(monkeypatch):
     """Self-play with a random model: the quality gates, which its noise cannot pass, are opened."""
     for gate in ("problem_fault", "reference_fault", "criterion_fault"):
         monkeypatch.setattr(pop.rubric, gate, lambda *_: None)
-    monkeypatch.setattr(pop.rubric, "whole_sentences", lambda text: text)
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--max-new-tokens", "16"]
     return [*short, "--no-guard-too-little-content", "--audit", "0", "--eval-every", "0"]
@@ -375,7 +374,7 @@ def test_an_output_folder_with_a_run_in_it_is_refused(tmp_path):
 
 
 def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):
-    with pytest.raises(UserError, match="context is 2048"):
+    with pytest.raises(UserError, match="context is 8192"):
         pop.check_context(llm, replace(CFG, max_words=5000))
 
 

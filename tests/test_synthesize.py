@@ -199,9 +199,8 @@ def episode(drop=None, answers=3, prompt="Why?", **fields) -> Episode:
     llm = tiny_llm()
     texts = [f"It is number {i} of them." for i in range(answers)]
     made = [Answer(t, llm.text_ids(t), ratings=[float(i % 3), 1.0], reward=9.0) for i, t in enumerate(texts)]
-    return Episode(
-        Document("d", "A text."), prompt, "r", made, RUBRIC, llm.encode("", prompt), [{"role": "judge"}], drop
-    )
+    told = {"failures": [{"role": "judge"}], "drop": drop}
+    return Episode(Document("d", "A text."), prompt, "r", made, RUBRIC, llm.encode("", prompt), **told)
 
 
 def written(path, *episodes) -> Config:
@@ -271,8 +270,10 @@ def test_answers_of_another_tokenizer_are_refused_in_one_line(llm, tmp_path, har
 
 def test_a_recorded_answer_that_does_not_fit_the_context_is_refused(llm, tmp_path):
     e = episode()
-    e.answers[1].ids *= 200
-    with pytest.raises(UserError, match="context is 2048"):
+    llm.model.config.max_position_embeddings = len(e.prompt_ids) + len(e.answers[1].ids)
+    heldout.check_tokens(llm, written(tmp_path / "full.jsonl", e))
+    e.answers[1].ids.append(7)
+    with pytest.raises(UserError, match=r"context is \d+"):
         heldout.check_tokens(llm, written(tmp_path / "long.jsonl", e))
 
 

@@ -35,7 +35,7 @@ def tiny_folder(folder: Path) -> Path:
     from conftest import byte_tokenizer, tiny_model
 
     tokenizer = byte_tokenizer(prompt_merges())
-    model = tiny_model(len(tokenizer), context=8192)
+    model = tiny_model(len(tokenizer))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
