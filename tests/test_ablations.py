@@ -451,7 +451,7 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
         return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, 0, {})
 
     for preset in ("24gb", "demo"):  # which differ in their judge and in the answers that the rubric writer sees
-        cfg = Config(**{**pop.PRESETS[preset], "preset": preset, "crutches": False, "tries": 1})
+        cfg = Config(**{**pop.PRESETS[preset], "preset": preset, "episodes": "", "crutches": False, "tries": 1})
         assert measured(cfg) == measured(replace(cfg, **flags))
 
 

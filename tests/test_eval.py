@@ -411,7 +411,14 @@ def test_held_out_problems_are_never_of_documents_that_an_adapter_was_trained_on
     corpus.mkdir()
     for i in range(9):
         (corpus / f"{i}.txt").write_text(f"Document number {i} is about the bread of village {i}. " * 9)
-    small = {"corpus": str(corpus), "problem_tokens": 16, "reference_tokens": 16, "max_words": 80, "tries": 1}
+    small = {
+        "episodes": "",
+        "corpus": str(corpus),
+        "problem_tokens": 16,
+        "reference_tokens": 16,
+        "max_words": 80,
+        "tries": 1,
+    }
     runs = [adapter(tmp_path / name, seed, **small) for seed, name in enumerate(["one", "two"])]
     trained = {0: ("0", "1"), 1: ("1", "2", "3")}
     documents = {

@@ -24,7 +24,7 @@ from pop import Config
 from rubric import Answer, Criterion, Episode
 
 # In bytes, of which the forms' labels take the most.
-SHORT = dict(max_new_tokens=16, problem_tokens=48, reference_tokens=24, criterion_tokens=120)
+SHORT = dict(episodes="", max_new_tokens=16, problem_tokens=48, reference_tokens=24, criterion_tokens=120)
 CFG = Config(**{**pop.PRESETS["demo"], **SHORT, "preset": "demo", "group_size": 2, "audit": 4, "eval_documents": 4})
 RUBRIC = [
     Criterion("Yeast", "wild yeast", "The answer states what lives in it.", 3.0),
@@ -455,19 +455,28 @@ def test_a_table_has_a_row_for_each_probe(judged, llm):
     assert "too_little_content 4/4" in next(row for row in rows if row.startswith("| empty"))
 
 
-def test_eval_audit_writes_table_and_json(open_gates, monkeypatch, tmp_path, capsys):
+AUDIT = ["audit", "--preset", "demo", "--documents", "2"]
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """The demo's documents, which come along with a problem and a rubric, are like any others."""
+    monkeypatch.setitem(pop.PRESETS["demo"], "episodes", "")
+
+
+def test_eval_audit_writes_table_and_json(open_gates, unrecorded, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluation.model, "load", lambda *_, **__: tiny_llm())
     output = tmp_path / "new" / "audit.json"
-    evaluation.main(["audit", "--preset", "demo", "--documents", "2", "--judge", "generate", "--output", str(output)])
+    evaluation.main([*AUDIT, "--judge", "generate", "--output", str(output)])
     result = json.loads(output.read_text())
     assert (result["judge"], len(result["documents"]), len(result["probes"])) == ("generate", 2, 12)
     assert "| forged ratings" in capsys.readouterr().out
 
 
-def test_eval_audit_says_why_it_cannot(monkeypatch):
+def test_eval_audit_says_why_it_cannot(unrecorded, monkeypatch):
     monkeypatch.setattr(evaluation.model, "load", lambda *_, **__: tiny_llm())
     with pytest.raises(UserError, match=r"--documents 2: need 2 usable ones \(proposer/.*\); ask for more"):
-        evaluation.main(["audit", "--preset", "demo", "--documents", "2"])
+        evaluation.main(AUDIT)
 
 
 # -------------------------------------------------------------------------------------------------- the watch
@@ -609,7 +618,17 @@ def run(open_gates, monkeypatch, tmp_path):
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--group-size", "2", "--max-new-tokens", "16"]
     brief = ["--tries", "3", "--tries-at-once", "1", "--problem-tokens", "48", "--reference-tokens", "24"]
-    always = [*short, *brief, "--criterion-tokens", "120", "--no-guard-too-little-content", "--lr", "0.01"]
+    always = [
+        "--episodes",
+        "",
+        *short,
+        *brief,
+        "--criterion-tokens",
+        "120",
+        "--no-guard-too-little-content",
+        "--lr",
+        "0.01",
+    ]
 
     def go(name, *flags):
         assert pop.main([*always, *flags, "--output", str(tmp_path / name)]) == 0

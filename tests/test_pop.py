@@ -285,7 +285,7 @@ def played(monkeypatch):
         monkeypatch.setattr(pop.rubric, gate, lambda *_: None)
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--max-new-tokens", "16"]
-    return [*short, "--no-guard-too-little-content", "--audit", "0", "--eval-every", "0"]
+    return ["--episodes", "", *short, "--no-guard-too-little-content", "--audit", "0", "--eval-every", "0"]
 
 
 def test_a_run_leaves_config_metrics_episodes_and_an_adapter(played, tmp_path, capsys):
@@ -357,7 +357,7 @@ def test_same_seed_same_run(played, tmp_path):
 )
 def test_a_mistake_is_one_clear_line(flags, words):
     with pytest.raises(UserError, match=words) as caught:
-        pop.main(["--preset", "demo", *flags] if flags[0] != "--preset" else flags)
+        pop.main(["--preset", "demo", "--episodes", "", *flags] if flags[0] != "--preset" else flags)
     assert "\n" not in str(caught.value)
 
 

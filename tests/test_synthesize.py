@@ -126,7 +126,7 @@ def test_killed_it_goes_on_to_the_same_end(model, made, tmp_path, die_at):
         (["synthesize", "--documents-total", "3", "--steps", "9"], "--steps 9: synthesize takes --documents-total"),
         (["synthesize", "--documents-total", "3", "--episodes", "x", "--replay", "answers"], "no --replay answers"),
         (["--documents-total", "3"], "--documents-total 3: is for synthesize"),
-        (["--replay", "answers"], "--replay answers: give --episodes too"),
+        (["--replay", "answers", "--episodes", ""], "--replay answers: give --episodes too"),
     ],
 )
 def test_a_mistake_is_one_clear_line(flags, words):

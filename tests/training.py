@@ -45,6 +45,7 @@ def tiny_folder(folder: Path) -> Path:
 def flags(model: Path, run: Path, **more: object) -> list[str]:
     chosen = {
         "preset": "demo",
+        "episodes": "",  # all roles have their part
         "model": model,
         "output": run,
         "load_in": "fp32",
