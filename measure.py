@@ -206,29 +206,31 @@ def roles(args: argparse.Namespace, flags: Sequence[str]) -> None:
         torch.manual_seed(cfg.seed)
         corpus = Corpus(cfg.corpus or "samples", task=task, max_words=cfg.max_words, seed=cfg.seed)
         start = time.perf_counter()
-        episodes = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg)
+        episodes, above = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg)
         path = out / f"{task}.jsonl"
         path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes), encoding="utf-8")
         print(f"\n== {task}: {len(episodes)} documents, {since(start)}; all texts in {path}")
-        for name, value in numbers(episodes).items():
+        for name, value in numbers(episodes, above).items():
             print(f"{name:46} {value}", flush=True)
 
 
-def play(llm: model.LLM, documents: list[Document], cfg: pop.Config) -> list[Episode]:
-    """A step of the self-play, with the reference and another document's reference judged beside the answers."""
+def play(llm: model.LLM, documents: list[Document], cfg: pop.Config) -> tuple[list[Episode], list[bool]]:
+    """A step of the self-play; and for each problem, by its first rubric, whether its own reference is graded above the
+    reference of another."""
     episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
     rubric.solve(llm, pop.alive(episodes), cfg)
     rubric.write_rubrics(llm, pop.alive(episodes), cfg)
     rubric.judge(llm, pop.alive(episodes), cfg)
+    graded = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in pop.alive(episodes)]
     rubric.check_rubrics(llm, pop.alive(episodes), cfg)
     for e in pop.alive(episodes):
         for a in e.answers:
             guards.reward(a, e, cfg)
-    return episodes
+    return episodes, [both[0] > both[1] for both in graded if len(both) == 2]
 
 
-def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
-    """The figures of one task, from what was written down."""
+def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str]:
+    """The figures of one task, from what was written down. above: of each comparison, whether it came out right."""
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     for e in episodes:
         for failure in e.failures:
@@ -250,8 +252,6 @@ def numbers(episodes: Sequence[Episode]) -> dict[str, str]:
     pairs = [abs(a - b) for each in grades for a, b in combinations(each, 2)]
     digits = [abs(a - b) for e in judged for a, b in combinations([rounded(a, e) for a in e.answers if a.ratings], 2)]
     read = [a.ratings is not None for e in judged for a in [*e.answers, *e.controls]]
-    controls = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in judged]
-    above = [both[0] > both[1] for both in controls if len(both) == 2]
     spread = [statistics.pstdev(each) for each in grades if len(each) > 1]
     return {
         "proposals accepted at the first try": share(len(first), len(episodes)),

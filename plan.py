@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from data import UserError
 from fast import batches
 from model import LOGITS_CHUNK_BYTES, READ_TOKENS, Device, check_hub, pick_device, resolve
+from rubric import FACTS_TOKENS
 
 if TYPE_CHECKING:
     from pop import Config
@@ -279,6 +280,7 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
     document = round(cfg.max_words * TOKENS_PER_WORD)
     rubric = cfg.criterion_tokens * cfg.max_criteria
     asked, told = cfg.problem_tokens + TEMPLATE, cfg.problem_tokens + INSTRUCTIONS
+    noted = FACTS_TOKENS + cfg.problem_tokens
     shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
     taken = cfg.documents_taken
     rated_answers = taken * (cfg.group_size + CONTROLS * cfg.check_rubric)
@@ -294,7 +296,7 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
     # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
     rated = largest(taken * cfg.max_criteria, told + cfg.criterion_tokens + cfg.max_new_tokens, 0, n=cfg.group_size)
     return {
-        "propose": largest(taken, document + told, max(cfg.problem_tokens, cfg.reference_tokens), n=cfg.tries_at_once),
+        "propose": largest(taken, document + told, max(noted, cfg.reference_tokens), n=cfg.tries_at_once),
         "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
         "rubric": largest(taken, document + told + shown, rubric, n=3),
         "judge": largest(rated_answers, told + cfg.max_new_tokens + rubric, cfg.rating_tokens * cfg.max_criteria)
@@ -325,7 +327,7 @@ def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
     work, taken = work_of(cfg), cfg.documents_taken
     attempts, answers, trained = taken * cfg.tries, taken * cfg.group_size, cfg.documents * cfg.group_size
     rounds = math.ceil(cfg.tries / cfg.tries_at_once)
-    tried = cfg.problem_tokens + cfg.reference_tokens
+    tried = FACTS_TOKENS + cfg.problem_tokens + cfg.reference_tokens
     judge, update = work["judge"], work["update"]
     if cfg.judge != "logits":  # one retry
         judged = (2 * answers * judge.prompt, 2 * answers * judge.new)

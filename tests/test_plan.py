@@ -267,7 +267,7 @@ def test_tokens_of_a_step_are_counted_over_every_try_and_answer():
     assert counted["judge"][0] == 10 * (judge.prompt - judge.rest) + 40 * (10 + plan.QUESTION)
     assert counted["rubric"][0] == 2 * 3 * work_of(cfg)["rubric"].prompt
     assert update.n == 4 and counted["update"][0] == 2 * update.prompt + 8 * 10
-    problem_and_reference = cfg.problem_tokens + cfg.reference_tokens
+    problem_and_reference = 128 + cfg.problem_tokens + cfg.reference_tokens
     assert written == {
         "propose": 2 * 3 * problem_and_reference,
         "solve": 80,
