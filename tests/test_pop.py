@@ -338,6 +338,14 @@ def test_same_seed_same_run(played, tmp_path):
     assert runs[0] == runs[1]
 
 
+@pytest.mark.parametrize(
+    ("flags", "recorded"),
+    [([], "demo"), (["--corpus", "heldout"], ""), (["--task", "health"], ""), (["--episodes", "mine"], "mine")],
+)
+def test_the_demo_plays_on_its_recording_unless_other_documents_are_asked_for(flags, recorded):
+    assert pop.parse_args(["--preset", "demo", *flags]).episodes == recorded
+
+
 # ---------------------------------------------------------------------------------------------- a user's mistakes
 
 
