@@ -35,8 +35,6 @@ from rubric import Answer, Criterion, Episode, Phase, alive, plainly, words
 if TYPE_CHECKING:
     from pop import Config
 
-DEMO = "demo"  # names, in place of a file, the recording that comes along for the demo
-
 # ------------------------------------------------------------------------------------------- the held-out set
 
 
@@ -107,18 +105,7 @@ def yardstick(cfg: "Config") -> "Config":
 
 
 def make(llm: LLM, documents: Sequence[Document], cfg: "Config", phase: Phase = plainly) -> list[Episode]:
-    """A problem, a reference and a rubric by the base model from each document; no answers. Some may be dropped.
-
-    Documents that the recording of the demo has are taken from there.
-    """
-    if cfg.episodes == DEMO:
-        there = {e.document.text: e for e in recording(replace(cfg, replay="problems")).episodes.values()}
-        known = [next((e for text, e in there.items() if text.startswith(d.text)), None) for d in documents]
-        new = [d for d, e in zip(documents, known, strict=True) if e is None]
-        written = iter(make(llm, new, replace(cfg, episodes=""), phase) if new else [])
-        return [
-            Episode(e.document, e.problem, e.reference, rubric=list(e.rubric)) if e else next(written) for e in known
-        ]
+    """A problem, a reference and a rubric by the base model from each document; no answers. Some may be dropped."""
     cfg = yardstick(cfg)
     cfg = replace(cfg, group_size=cfg.rubric_answers)  # as many answers as the writer looks at
     with own_randomness(cfg.seed):
@@ -161,7 +148,7 @@ class Recording:
     def __init__(self, name: str, replay: str = "problems") -> None:
         self.name, answers = name, replay == "answers"
         try:
-            episodes = read(SAMPLES / "demo.jsonl" if name == DEMO else Path(name), answers)
+            episodes = read(Path(name), answers)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
         episodes = with_groups(episodes) if answers else [e for e in episodes if e.rubric]

@@ -130,8 +130,7 @@ class Config:
     """Who proposes, writes rubrics and judges: the base model (adapters off) or the current policy."""
 
     episodes: str = ""
-    """A file of recorded episodes (a run's episodes.jsonl): its problems and rubrics are taken, none are written. demo:
-    the recording that comes along."""
+    """A file of recorded episodes (a run's episodes.jsonl): its problems and rubrics are taken, none are written."""
     replay: Literal["problems", "answers"] = "problems"
     """What is taken from recorded episodes. answers: their answers and ratings too, so that nothing is generated; by
     default once through the file, without audit or evaluation."""
@@ -267,7 +266,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(  # a real run in minutes on two CPU cores; a 135M model loses the thread at temperature 1
         model="smollm2",
         corpus="samples",
-        episodes="demo",
         max_words=80,
         steps=4,
         documents=2,
@@ -342,8 +340,6 @@ def defaults_besides(cfg: Config) -> dict[str, Any]:
     if cfg.replay == "answers" and Path(cfg.episodes).is_file():  # in a sweep it is yet to be written
         groups = len(heldout.recording(cfg).episodes)
         return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)}
-    if cfg.episodes == heldout.DEMO and not (cfg.corpus == "samples" and cfg.task == "instructions"):
-        return {"episodes": ""}  # other documents than the recorded ones
     return {}
 
 
@@ -360,10 +356,7 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
 def pick_preset() -> tuple[str, str]:
     """The preset this machine can run, and why. Raises UserError if its GPU is too small for the default model."""
     if not torch.cuda.is_available():
-        return "demo", (
-            "no GPU found, so SmolLM2-135M in NF4 on the CPU, on problems and rubrics that Qwen2.5-Coder-1.5B wrote "
-            "from the built-in samples (a 135M writes poor ones: --episodes '' lets it)"
-        )
+        return "demo", "no GPU found, so SmolLM2-135M on the built-in samples, NF4 on the CPU"
     card, gib = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
     if gib < 14:
         raise UserError(

@@ -5,7 +5,7 @@ import math
 import random
 import re
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from pop import Config
 from rubric import Answer, Criterion, Episode
 
 # In bytes, of which the forms' labels take the most.
-SHORT = dict(episodes="", max_new_tokens=16, problem_tokens=48, reference_tokens=24, criterion_tokens=120)
+SHORT = dict(max_new_tokens=16, problem_tokens=48, reference_tokens=24, criterion_tokens=120)
 CFG = Config(**{**pop.PRESETS["demo"], **SHORT, "preset": "demo", "group_size": 2, "audit": 4, "eval_documents": 4})
 RUBRIC = [
     Criterion("Yeast", "wild yeast", "The answer states what lives in it.", 3.0),
@@ -154,30 +154,6 @@ def test_the_set_is_written_once_and_read_back_the_same(open_gates, corpus, llm,
     assert len(records) == 4 and all(record["answers"] == [] for record in records)
     monkeypatch.setattr(heldout, "make", None)  # cannot be called again
     assert heldout.prepare(llm, corpus, CFG, tmp_path) == first
-
-
-@pytest.fixture
-def recording(monkeypatch, tmp_path):
-    """The demo's recording is of one document, Ghent, of which a run may read the beginning alone."""
-    (e,) = episodes_with_rubrics(1)
-    text = json.dumps(asdict(replace(e, document=Document("Ghent", "Bread of Ghent. And more."))))
-    (tmp_path / "demo.jsonl").write_text(text + "\n")
-    monkeypatch.setattr(heldout, "SAMPLES", tmp_path)
-    heldout.recorded.cache_clear()
-    yield e
-    heldout.recorded.cache_clear()
-
-
-def test_in_the_demo_a_recorded_document_has_the_recorded_problem_and_rubric(recording):
-    (e,) = heldout.make(None, [Document("x", "Bread of Ghent.")], replace(CFG, episodes="demo"))
-    assert (e.problem, e.reference, e.rubric) == (recording.problem, recording.reference, recording.rubric)
-
-
-def test_in_the_demo_the_base_model_writes_what_is_not_recorded(recording, open_gates, llm):
-    documents = [Document("a", "Bread of Cork."), Document("b", "Bread of Ghent."), Document("c", "Bread of Braga.")]
-    made = heldout.make(llm, documents, replace(CFG, episodes="demo"))
-    assert [e.document.text.split()[2] for e in made] == ["Cork.", "Ghent.", "Braga."]
-    assert [e.problem == recording.problem for e in made] == [False, True, False] and made[2].problem
 
 
 def test_dropped_documents_stay_set_aside(corpus, llm, tmp_path):

@@ -285,7 +285,7 @@ def played(monkeypatch):
         monkeypatch.setattr(pop.rubric, gate, lambda *_: None)
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--max-new-tokens", "16"]
-    return ["--episodes", "", *short, "--no-guard-too-little-content", "--audit", "0", "--eval-every", "0"]
+    return [*short, "--no-guard-too-little-content", "--audit", "0", "--eval-every", "0"]
 
 
 def test_a_run_leaves_config_metrics_episodes_and_an_adapter(played, tmp_path, capsys):
@@ -338,14 +338,6 @@ def test_same_seed_same_run(played, tmp_path):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "recorded"),
-    [([], "demo"), (["--corpus", "heldout"], ""), (["--task", "health"], ""), (["--episodes", "mine"], "mine")],
-)
-def test_the_demo_plays_on_its_recording_unless_other_documents_are_asked_for(flags, recorded):
-    assert pop.parse_args(["--preset", "demo", *flags]).episodes == recorded
-
-
 # ---------------------------------------------------------------------------------------------- a user's mistakes
 
 
@@ -365,7 +357,7 @@ def test_the_demo_plays_on_its_recording_unless_other_documents_are_asked_for(fl
 )
 def test_a_mistake_is_one_clear_line(flags, words):
     with pytest.raises(UserError, match=words) as caught:
-        pop.main(["--preset", "demo", "--episodes", "", *flags] if flags[0] != "--preset" else flags)
+        pop.main(["--preset", "demo", *flags] if flags[0] != "--preset" else flags)
     assert "\n" not in str(caught.value)
 
 

@@ -99,7 +99,7 @@ def words_of(run, heading):
     ("heading", "lines"),
     [
         ("Model", ["smollm2, 4bit"]),
-        ("Documents", ["samples, task instructions", "problems and rubrics of demo"]),
+        ("Documents", ["samples, task instructions"]),
         ("Preset", ["demo", "lr 0.0003 instead of 0.0001"]),
         ("Steps", ["2 done of 4 planned"]),
         ("Reward", ["0.250 in the first step, 0.500 in the last"]),
@@ -120,7 +120,7 @@ def test_a_preset_that_nothing_was_changed_of(tmp_path):
 
 
 def test_the_corpus_of_the_task_is_named_where_none_was_given(tmp_path):
-    run = make_run(tmp_path / "run", preset="24gb", corpus="", episodes="", task="health")
+    run = make_run(tmp_path / "run", preset="24gb", corpus="", task="health")
     assert words_of(run, "Documents") == ["m42-health/HC4, task health"]
 
 
