@@ -1,10 +1,12 @@
 """For models too small to keep to a format that they are asked for, such as the demo's 135M (`--crutches`).
 
-Each role fills in a form while it decodes: labels are forced, values are its own. Prompts and parsers are the same as
-without. No preset for a GPU comes here.
+Each role fills in a form while it decodes: labels are forced, golds are sentences of the document, other values its
+own. The proposer gets prompts of one sentence, since the real ones are too long for a 135M; all else it is asked in the
+words that every model gets. No preset for a GPU comes here.
 """
 
 import random
+import re
 from typing import TYPE_CHECKING
 
 from forms import Field
@@ -37,6 +39,14 @@ OPENINGS = {
 }
 
 
+PROBLEM = {
+    "instructions": "Write one question about the text above. Output only the question.",
+    "health": "Write one question about health that the text above answers. Output only the question.",
+    "writing": "Ask for a story in one sentence: who is the text above about, where are they, and what happens?",
+}
+REFERENCE = "Use the facts above to answer this in two or three sentences: {problem}"
+
+
 def problem_form(cfg: "Config", rng: random.Random) -> list[Field]:
     opening = rng.choice(list(OPENINGS[cfg.task]))
     return [Field(f"<problem>{opening}", cfg.problem_tokens, min_tokens=4), Field("</problem>", 0)]
@@ -47,15 +57,37 @@ def reference_form(problem: str, cfg: "Config") -> list[Field]:
     return [Field(begun[0] if begun else "The", cfg.reference_tokens, min_tokens=12)]
 
 
-def rubric_form(cfg: "Config") -> list[Field]:
+def rubric_form(document: str, cfg: "Config") -> list[Field]:
     """Two criteria, if so many are allowed, then more if the model wants to."""
-    room, form = cfg.criterion_tokens // 3, []
+    facts, form = tuple(statements(document)), []
     for k in range(cfg.max_criteria):
         label = ', {"name": "' if k else '{"criteria": [{"name": "'
         form += [
-            Field(label, room // 3, optional=k > 1, quoted=True),
-            Field('", "gold": "', room, distinct=True, quoted=True),
-            Field('", "description": "The answer', room, min_tokens=5, quoted=True),
+            Field(label, 6, optional=k > 1, quoted=True),
+            Field('", "gold": "', 24, choices=facts, distinct=True, quoted=not facts),
+            Field('", "description": "The answer ', choices=DESCRIPTIONS),
             Field('", "weight": ', choices=tuple(f"{weight}}}" for weight in range(1, 6))),
         ]
     return form
+
+
+DESCRIPTIONS = (
+    "states this fact in its own words.",
+    "explains this fact and its cause.",
+    "tells this with names and numbers.",
+)
+
+
+def statements(document: str, longest: int = 18) -> list[str]:
+    """The sentences of a document of 5 words or more that can stand in JSON; a long one ends at a comma before that.
+
+    >>> statements("Heat rises, as a rule, in air. So it is. Unless the wind")
+    ['Heat rises, as a rule, in air.']
+    """
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+", document.strip())[: None if document.rstrip().endswith(".") else -1]:
+        said = sentence.split()
+        short = sentence if len(said) <= longest else " ".join(said[:longest]).rpartition(", ")[0]
+        if len(short.split()) >= 5 and not set(short) & set('"\\'):
+            found.append(" ".join(short.split()))
+    return list(dict.fromkeys(found))

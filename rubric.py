@@ -453,7 +453,8 @@ def write_problems(
     begun = "" if cfg.crutches else PROBLEM_BEGUN
     kinds = [rng.choice(KINDS[cfg.task]) for _ in episodes]
     asked = [problem_prompt(e, kind, cfg) for e, kind in zip(episodes, kinds, strict=True)]
-    prompts = [llm.encode(PROPOSER[cfg.task], prompt, begun) for prompt in asked]
+    system = "" if cfg.crutches else PROPOSER[cfg.task]
+    prompts = [llm.encode(system, prompt, begun) for prompt in asked]
     with role(llm, cfg):
         outputs = llm.generate(
             prompts,
@@ -477,9 +478,10 @@ def write_problems(
 
 def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Config") -> None:
     """Answer problems with their documents in view; an episode keeps its first good pair."""
+    asked = crutches.REFERENCE if cfg.crutches else REFERENCE[cfg.task]
     with role(llm, cfg):
         outputs = llm.generate(
-            [llm.encode("", known(e, cfg) + fill(REFERENCE[cfg.task], problem=problem)) for e, problem in problems],
+            [llm.encode("", known(e, cfg) + fill(asked, problem=problem)) for e, problem in problems],
             max_new_tokens=cfg.reference_tokens,
             temperature=cfg.proposer_temperature,
             forms=[crutches.reference_form(problem, cfg) for _, problem in problems] if cfg.crutches else None,
@@ -506,6 +508,8 @@ def known(episode: Episode, cfg: "Config") -> str:
 
 
 def problem_prompt(episode: Episode, kind: str, cfg: "Config") -> str:
+    if cfg.crutches:
+        return known(episode, cfg) + crutches.PROBLEM[cfg.task]
     return known(episode, cfg) + PROPOSE[cfg.task].format(kind=kind) + FACTS[cfg.task]
 
 
@@ -802,13 +806,14 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts
         todo = [e for e in wanting if not e.rubric]
         if not todo:
             break
+        forms = [crutches.rubric_form(e.document.text if cfg.rubric_document else "", cfg) for e in todo]
         with role(llm, cfg):
             outputs = llm.generate(
                 [llm.encode("", rubric_prompt(e, cfg, rendering), begun) for e in todo],
                 n=n,
                 max_new_tokens=cfg.criterion_tokens * cfg.max_criteria,
                 temperature=temperature,
-                forms=[crutches.rubric_form(cfg)] * (n * len(todo)) if cfg.crutches else None,
+                forms=[form for form in forms for _ in range(n)] if cfg.crutches else None,
                 desc="rubric",
             )
         for e, group in zip(todo, outputs, strict=True):

@@ -325,13 +325,18 @@ def test_criteria_without_a_gold_are_told_apart_by_their_description():
     assert rubric.distinct([*two, *(replace(c, name="New") for c in two)]) == two
 
 
-def test_a_filled_form_of_a_small_model_is_a_rubric(llm):
+@pytest.mark.parametrize(
+    "document", ["", 'Bread rises in the warm. "So it does," said the old baker. Yeast makes all of the gas.']
+)
+def test_a_filled_form_of_a_small_model_is_a_rubric(llm, document):
     """The values of this model are noise; with the two brackets that the form leaves out it is whole JSON."""
-    form = crutches.rubric_form(Config(criterion_tokens=60, max_criteria=2))
+    form = crutches.rubric_form(document, Config(max_criteria=2))
     torch.manual_seed(0)
     for output in llm.generate([[72, 105]], n=12, max_new_tokens=300, temperature=1.5, forms=[form] * 12)[0]:
         criteria = json.loads(output.text + "]}", strict=False)["criteria"]
         assert [sorted(c) for c in criteria] == 2 * [["description", "gold", "name", "weight"]]
+        if document:
+            assert {c["gold"].strip() for c in criteria} == {"Bread rises in the warm.", "Yeast makes all of the gas."}
 
 
 # ------------------------------------------------------------------------------------------ trying a rubric out
