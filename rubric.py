@@ -647,6 +647,7 @@ SOURCE = re.compile(
     r"present|provide|report|say|state|suggest)(?:s|d|ed)?\b"
     rf"|\b(?:do|does|did) (?:the|this) {TEXT}"
     r"|\b(?:in|from|of) (?:the|this) (?:passage|excerpt|article)\b(?! (?:of|by)\b)"
+    rf"|\b(?:facts?|information|details?) (?:from|in|of) (?:the|this) {TEXT}"
     rf"|\b(?:analy[sz]e|paraphrase|proofread|read|rewrite|summari[sz]e|translate) the {TEXT}",
     re.IGNORECASE,
 )

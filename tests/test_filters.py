@@ -93,6 +93,7 @@ def test_a_good_problem_passes(problem):
         ("mentions the text", "Why was the captain afraid, as described in the excerpt?"),
         ("mentions the text", "In the given text, who mends the nets?"),
         ("mentions the text", "What is the main idea of the passage?"),
+        ("mentions the text", "Give three reasons why the mill closed, with the facts from the document for each."),
         ("mentions the text", "The document states that the boiler failed. Explain why boilers fail."),
         ("mentions the text", "Explain how heat pumps work, based on the provided text."),
         ("mentions the text", "Using the above information, explain why the ferry was late."),
