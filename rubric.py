@@ -808,11 +808,12 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts
         if not todo:
             break
         forms = [crutches.rubric_form(e.document.text if cfg.rubric_document else "", cfg) for e in todo]
+        longest = max(room(llm, form) for form in forms) if cfg.crutches else cfg.criterion_tokens * cfg.max_criteria
         with role(llm, cfg):
             outputs = llm.generate(
                 [llm.encode("", rubric_prompt(e, cfg, rendering), begun) for e in todo],
                 n=n,
-                max_new_tokens=cfg.criterion_tokens * cfg.max_criteria,
+                max_new_tokens=longest,
                 temperature=temperature,
                 forms=[form for form in forms for _ in range(n)] if cfg.crutches else None,
                 desc="rubric",
