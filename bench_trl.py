@@ -78,7 +78,8 @@ class Judge:
         """Ratings written into a form, as the greedy pass of rubric.judge_by_text; None if they cannot be read."""
         llm = self.llm
         rows = [llm.encode("", rubric.judge_prompt(g.problem, g.rubric, text)) for g, text in pairs]
-        filled = [rubric.judge_form(len(g.rubric), Config(**PRESETS["demo"]).rating_tokens) for g, _ in pairs]
+        tokens = Config(**PRESETS["demo"]).rating_tokens
+        filled = [rubric.judge_form(len(g.rubric), tokens) for g, _ in pairs]
         new = max(room(llm, form) for form in filled)
         config = GenerationConfig(
             do_sample=False,
@@ -99,9 +100,7 @@ class Judge:
             )
             for i, reply in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((at + 1 for at, token in enumerate(reply) if token in llm.eos_ids), len(reply))
-                text = llm.decode(reply[:end])
-                read = rubric.parse_ratings(text, len(pairs[i][0].rubric))
-                ratings[i] = None if read is None else [float(text[digit]) for _, digit in read]
+                ratings[i] = rubric.written_ratings(llm.decode(reply[:end]), len(pairs[i][0].rubric))
         return ratings
 
 

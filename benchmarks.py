@@ -379,8 +379,7 @@ def ask_heldout(item: Item, answer: str, base: str) -> list[Question]:
         ]
 
     def ratings(reply: str) -> list[float] | None:
-        read = rubric.parse_ratings(reply, len(criteria))
-        return [float(reply[digit]) for _, digit in read] if read else None
+        return rubric.written_ratings(reply, len(criteria))
 
     prompt = rubric.judge_prompt(problem, criteria, answer)
     form = rubric.judge_form(len(criteria), item.data["cfg"].rating_tokens)

@@ -26,7 +26,7 @@ import model
 import plan
 import pop
 import rubric
-from data import HUB_CORPORA, Corpus, Document, UserError
+from data import HUB_CORPORA, Document, UserError
 from plan import GIB, Batch, PeakMemory, Shapes
 from rubric import Criterion, Episode
 
@@ -198,13 +198,13 @@ def roles(args: argparse.Namespace, flags: Sequence[str]) -> None:
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     base = pop.parse_args(["--preset", args.preset, "--model", args.model, *flags])
-    llm = model.load(
-        base.model, load_in=base.load_in, token_budget=base.rollout_tokens, dequantize=base.dequantize != "off"
-    )
+    # On a CPU, which has room, generating from 4 bits would take most of the time.
+    held = plan.dequantizes(base) or (base.dequantize == "auto" and not torch.cuda.is_available())
+    llm = model.load(base.model, load_in=base.load_in, token_budget=base.rollout_tokens, dequantize=held)
     for task in args.tasks:
         cfg = pop.parse_args(["--preset", args.preset, "--model", args.model, "--task", task, *flags])
         torch.manual_seed(cfg.seed)
-        corpus = Corpus(cfg.corpus or "samples", task=task, max_words=cfg.max_words, seed=cfg.seed)
+        corpus = pop.open_corpus(replace(cfg, corpus=cfg.corpus or "samples"))
         start = time.perf_counter()
         episodes, above = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg)
         path = out / f"{task}.jsonl"

@@ -97,7 +97,7 @@ def plainly(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) 
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
-# What a problem may be, in turn: it spreads them over many kinds. {kind} of PROPOSE.
+# The kinds of problem to ask for, one drawn at random each time so that problems differ. Fills {kind} in PROPOSE.
 KINDS = {
     "instructions": [
         "asks to explain why or how a certain thing happened or works",
@@ -280,7 +280,7 @@ good knowledge of the field do it without having a certain text in hand? Reply Y
 {problem}
 </problem>""",
 }
-# Problems with the right reply to both questions: the exchanges that go before the one that counts.
+# Few-shot examples for the gate: problems, each with the right reply to both of its questions.
 GATE_SHOTS = [
     ("Why did he leave the city, and what did he take with him?", "No"),
     (
@@ -294,7 +294,8 @@ GATE_SHOTS = [
     ("Write a story with the characters and events that were described.", "No"),
     ("List three reasons why concrete cracks as it dries, each with a remedy.", "Yes"),
 ]
-# Every model leans to Yes or to No by its own amount. The limit is half-way between what it says of these.
+# Models lean to Yes or to No to different degrees. So the threshold is not a fixed probability of Yes, but half-way
+# between the means for these bad and these good problems.
 GATE_BAD = ("What was found there, and why was she fined for it?", "Explain the second step and the reason for it.")
 GATE_GOOD = (
     "Explain to a child why ice floats on water. Five sentences.",
@@ -443,7 +444,7 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.
     return episodes
 
 
-FACTS_TOKENS = 128  # beside a problem
+FACTS_TOKENS = 128  # room for the facts that are noted before a problem
 
 
 def write_problems(
@@ -541,16 +542,14 @@ def gate(llm: LLM, problems: Sequence[str], cfg: "Config") -> list[str | None]:
     stopped: list[str | None] = [None] * len(problems)
     if not cfg.gate or not problems:
         return stopped
-    known = len(GATE_BAD)
+    _, replies = llm.choice_ids("", ["Yes", "No"])
     for why, question in GATE.items():
         rows = [llm.encode_messages(gate_messages(question, p)) for p in (*GATE_BAD, *GATE_GOOD, *problems)]
         with role(llm, cfg):
-            yes = llm.choice_probs(rows, llm.choice_ids("", ["Yes", "No"])[1], desc="gate")[:, 0]  # (rows,)
-        limit = (yes[:known].mean() + yes[known : known + len(GATE_GOOD)].mean()) / 2
-        stopped = [
-            before or (why if share < limit else None)
-            for before, share in zip(stopped, yes[known + len(GATE_GOOD) :], strict=True)
-        ]
+            yes = llm.choice_probs(rows, replies, desc="gate")[:, 0]  # (rows,)
+        bad, good, asked = yes.split([len(GATE_BAD), len(GATE_GOOD), len(problems)])
+        limit = (bad.mean() + good.mean()) / 2
+        stopped = [before or (why if share < limit else None) for before, share in zip(stopped, asked, strict=True)]
     return stopped
 
 
@@ -793,10 +792,11 @@ GENERIC = [
 OVERALL = [Criterion("Overall", NO_GOLD, "The answer is good as a whole.", 1.0)]
 
 # Greedy, greedy at another rendering of the prompt, then three samples: (rendering, temperature, samples).
-ATTEMPTS = ((0, 0.0, 1), (1, 0.0, 1), (0, 0.7, 3))
+Attempt = tuple[int, float, int]
+ATTEMPTS: tuple[Attempt, ...] = ((0, 0.0, 1), (1, 0.0, 1), (0, 0.7, 3))
 
 
-def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts: Sequence[Any] = ATTEMPTS) -> None:
+def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts: Sequence[Attempt] = ATTEMPTS) -> None:
     """A rubric for each problem that has none yet, written after the answers and with some of them in view."""
     if cfg.rubric != "written":
         for e in episodes:
@@ -807,15 +807,18 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts
         todo = [e for e in wanting if not e.rubric]
         if not todo:
             break
-        forms = [crutches.rubric_form(e.document.text if cfg.rubric_document else "", cfg) for e in todo]
-        longest = max(room(llm, form) for form in forms) if cfg.crutches else cfg.criterion_tokens * cfg.max_criteria
+        forms, longest = None, cfg.criterion_tokens * cfg.max_criteria
+        if cfg.crutches:
+            seen = [e.document.text if cfg.rubric_document else "" for e in todo]
+            forms = [form for text in seen for form in [crutches.rubric_form(text, cfg)] * n]
+            longest = max(room(llm, form) for form in forms[::n])
         with role(llm, cfg):
             outputs = llm.generate(
                 [llm.encode("", rubric_prompt(e, cfg, rendering), begun) for e in todo],
                 n=n,
                 max_new_tokens=longest,
                 temperature=temperature,
-                forms=[form for form in forms for _ in range(n)] if cfg.crutches else None,
+                forms=forms,
                 desc="rubric",
             )
         for e, group in zip(todo, outputs, strict=True):
@@ -843,12 +846,9 @@ def rubric_prompt(episode: Episode, cfg: "Config", rendering: int = 0) -> str:
 def keep_criteria(episode: Episode, text: str, cfg: "Config") -> None:
     """Take the good criteria of an output as the episode's rubric; an output without any is a failure."""
     document = episode.document.text if cfg.rubric_document else None
-    kept, faults = [], []
-    for criterion in parse_rubric(text):
-        fault = criterion_fault(criterion, episode.problem, document)
-        faults += [fault] if fault else []
-        kept += [] if fault else [criterion]
-    kept = distinct(kept)[: cfg.max_criteria]
+    read = [(c, criterion_fault(c, episode.problem, document)) for c in parse_rubric(text)]
+    faults = [fault for _, fault in read if fault]
+    kept = distinct([c for c, fault in read if not fault])[: cfg.max_criteria]
     if kept and cfg.task == "health" and document is not None and all(c.gold == NO_GOLD for c in kept):
         kept, faults = [], ["no criterion has a gold answer"]
     if kept:
@@ -965,21 +965,28 @@ def distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
 
 def check_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
     """A rubric by which the reference is not the better answer is written once more, then the group is dropped."""
-    for last in (False, True):
-        failed = [e for e in episodes if e.drop is None and not tells_good_from_bad(e)]
-        if not failed:
-            return
-        for e in failed:
-            e.reject("rubric", "does not tell good from bad", json.dumps([asdict(c) for c in e.rubric]))
-            if last:
-                e.drop = "rubric/does not tell good from bad"
-                continue
-            e.rubric = []
-            for a in e.answers:
-                a.ratings, a.thoughts = None, []  # they were by that rubric
-        if not last:
-            write_rubrics(llm, failed, cfg, ATTEMPTS[2:])
-            judge(llm, [e for e in failed if e.drop is None], cfg)
+    failed = reject_untelling(episodes)
+    if not failed:
+        return
+    for e in failed:
+        e.rubric = []
+        for a in e.answers:
+            a.ratings, a.thoughts = None, []  # given by the rubric that has just been thrown away
+    write_rubrics(llm, failed, cfg, ATTEMPTS[2:])
+    judge(llm, alive(failed), cfg)
+    for e in reject_untelling(failed):
+        e.drop = f"rubric/{UNTELLING}"
+
+
+UNTELLING = "does not tell good from bad"
+
+
+def reject_untelling(episodes: Sequence[Episode]) -> list[Episode]:
+    """The episodes whose rubric does not tell good from bad, which is noted in them."""
+    failed = [e for e in alive(episodes) if not tells_good_from_bad(e)]
+    for e in failed:
+        e.reject("rubric", UNTELLING, json.dumps([asdict(c) for c in e.rubric]))
+    return failed
 
 
 def tells_good_from_bad(episode: Episode) -> bool:
@@ -1111,6 +1118,12 @@ def parse_ratings(text: str, criteria: int) -> list[tuple[str, int]] | None:
     starts = [0, *(match.end() for match in found)]
     said = [text[start : match.start()] for start, match in zip(starts, found, strict=False)]
     return [(" ".join(s.split()).lstrip("0123456789.) "), match.start(1)) for s, match in zip(said, found, strict=True)]
+
+
+def written_ratings(text: str, criteria: int) -> list[float] | None:
+    """The ratings in a judge's text as the digits it wrote, or None; for judges whose probabilities are not known."""
+    found = parse_ratings(text, criteria)
+    return None if found is None else [float(text[digit]) for _, digit in found]
 
 
 def read_ratings(llm: LLM, output: Completion, criteria: int) -> list[tuple[str, float]] | None:
