@@ -206,27 +206,32 @@ def roles(args: argparse.Namespace, flags: Sequence[str]) -> None:
         torch.manual_seed(cfg.seed)
         corpus = pop.open_corpus(replace(cfg, corpus=cfg.corpus or "samples"))
         start = time.perf_counter()
-        episodes, above = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg)
         path = out / f"{task}.jsonl"
-        path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes), encoding="utf-8")
+        episodes, above = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg, path)
         print(f"\n== {task}: {len(episodes)} documents, {since(start)}; all texts in {path}")
         for name, value in numbers(episodes, above).items():
             print(f"{name:46} {value}", flush=True)
 
 
-def play(llm: model.LLM, documents: list[Document], cfg: pop.Config) -> tuple[list[Episode], list[bool]]:
+def play(llm: model.LLM, documents: list[Document], cfg: pop.Config, path: Path) -> tuple[list[Episode], list[bool]]:
     """A step of the self-play; and for each problem, by its first rubric, whether its own reference is graded above the
-    reference of another."""
+    reference of another. The texts are written to `path` after each phase."""
     episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
-    rubric.solve(llm, pop.alive(episodes), cfg)
-    rubric.write_rubrics(llm, pop.alive(episodes), cfg)
-    rubric.judge(llm, pop.alive(episodes), cfg)
+    write(path, episodes)
+    for phase in (rubric.solve, rubric.write_rubrics, rubric.judge):
+        phase(llm, pop.alive(episodes), cfg)
+        write(path, episodes)
     graded = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in pop.alive(episodes)]
     rubric.check_rubrics(llm, pop.alive(episodes), cfg)
     for e in pop.alive(episodes):
         for a in e.answers:
             guards.reward(a, e, cfg)
+    write(path, episodes)
     return episodes, [both[0] > both[1] for both in graded if len(both) == 2]
+
+
+def write(path: Path, episodes: Sequence[Episode]) -> None:
+    path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes), encoding="utf-8")
 
 
 def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str]:
@@ -244,7 +249,11 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
     golds = [(e, c) for e, c in criteria if c.gold != rubric.NO_GOLD]
     found = [known(rubric.content_words(c.gold), rubric.content_words(e.document.text)) for e, c in golds]
     named = [
-        len(rubric.content_words(f"{c.name} {c.description} {c.gold}") & rubric.content_words(e.problem)) > 1
+        len(
+            rubric.content_words(f"{c.name} {c.description} {c.gold}")
+            & rubric.content_words(f"{e.problem} {e.document.text}")
+        )
+        > 1
         for e, c in criteria
     ]
     judged = [e for e in with_rubric if e.answers]
@@ -261,7 +270,7 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
         "rubrics accepted": share(len(with_rubric), len(proposed)),
         "rubrics rejected": str(dict(reasons["rubric"])),
         "criteria of a rubric, mean": f"{len(criteria) / max(1, len(with_rubric)):.1f}",
-        "criteria that name things of the problem": share(sum(named), len(named)),
+        "criteria that name things of problem or document": share(sum(named), len(named)),
         "criteria with a gold answer": share(len(golds), len(criteria)),
         "golds that are found in the document": share(sum(found), len(found)),
         "judge's replies that could be read": share(sum(read), len(read)),

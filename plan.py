@@ -37,7 +37,8 @@ USABLE = 0.9  # of what is free on the card at hand
 
 # Lengths in tokens, at most.
 TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
-INSTRUCTIONS = 650  # of a role, with the chat template; the rubric writer's are the longest
+INSTRUCTIONS = 1_130  # of proposer and rubric writer with their worked examples; the rubric writer's are the longer
+GRADING = 450  # the judge's instructions
 TEMPLATE = 60  # the chat template around a problem, which is all that the solver is given
 CONTROLS = 2  # answers that a rubric is tried on, beside a group's own
 QUESTION = 50  # what the logits judge is asked after the answer
@@ -280,6 +281,7 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
     document = round(cfg.max_words * TOKENS_PER_WORD)
     rubric = cfg.criterion_tokens * cfg.max_criteria
     asked, told = cfg.problem_tokens + TEMPLATE, cfg.problem_tokens + INSTRUCTIONS
+    graded = cfg.problem_tokens + GRADING + cfg.max_new_tokens
     noted = FACTS_TOKENS + cfg.problem_tokens
     shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
     taken = cfg.documents_taken
@@ -294,12 +296,12 @@ def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
         return Batch(max(1, rows // n), prompt, new, min(n, rows))
 
     # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
-    rated = largest(taken * cfg.max_criteria, told + cfg.criterion_tokens + cfg.max_new_tokens, 0, n=cfg.group_size)
+    rated = largest(taken * cfg.max_criteria, graded + cfg.criterion_tokens, 0, n=cfg.group_size)
     return {
         "propose": largest(taken, document + told, max(noted, cfg.reference_tokens), n=cfg.tries_at_once),
         "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
         "rubric": largest(taken, document + told + shown, rubric, n=3),
-        "judge": largest(rated_answers, told + cfg.max_new_tokens + rubric, cfg.rating_tokens * cfg.max_criteria)
+        "judge": largest(rated_answers, graded + rubric, cfg.rating_tokens * cfg.max_criteria)
         if cfg.judge != "logits"
         else Batch(
             min(rated.rows, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),

@@ -24,6 +24,7 @@ import torch
 
 import crutches
 from data import Document
+from examples import EXAMPLES
 from forms import Field, room
 from model import LLM, Completion
 
@@ -129,100 +130,28 @@ KINDS = {
     ],
 }
 
-# The proposer's system prompts, one for each task. The examples show how facts become a problem.
+# The proposer's system prompts, one for each task.
 PROPOSER = {
-    "instructions": """You invent demanding tasks for an assistant. The facts come from a document, but the assistant \
-will never see the document: it gets your task and nothing else. So the task must be complete in itself:
-- It names in full the people, places, things and times that it is about, and tells the background that is needed: \
-somebody who knows the field knows exactly what is asked.
+    "instructions": """You invent demanding tasks for an assistant. You take the facts from a document, but the \
+assistant will never see the document: it gets your task and nothing else. So the task is complete in itself:
+- It names in full the people, places, things and times that it is about: somebody who knows the field knows exactly \
+what is asked.
 - It never speaks of a document, text, passage or author. Material that is to be worked on is quoted in the task.
-- It asks for something that takes knowledge and thought, so that good and poor answers can be told apart, and it \
-does not contain the answer or a part of it.
-- It ends with the form and length of the answer that is wanted.
-
-Two tasks that were made from other documents:
-<facts>
-1. Seasoning on cast iron is a thin film of oil baked until it hardens.
-2. A thick coat of oil stays sticky.
-3. Modern soap does it no harm.
-</facts>
-<problem>
-My grandmother's cast iron skillet is orange with rust. I scrubbed it, rubbed in plenty of oil and baked it, but \
-the surface came out sticky, and a friend says I must never use soap on it. Explain what I did wrong, whether my \
-friend is right, and how to restore the skillet. Numbered steps and one short paragraph, about 150 words.
-</problem>
-
-<facts>
-1. The Suez Canal lies at sea level and needs no locks.
-2. The Panama Canal lifts ships 26 metres over a lake of fresh water.
-3. Each passage of a ship costs that lake 200 million litres.
-</facts>
-<problem>
-Compare the Suez Canal and the Panama Canal: why does one need locks and the other none, and what does that mean \
-for the ships that can pass and for the water supply? A table with three rows, then two sentences of conclusion.
-</problem>""",
-    "health": """You invent demanding health questions for an assistant. The facts come from a document, but the \
-assistant will never see the document: it gets your question and nothing else. So the question must be complete in \
-itself:
-- It is asked in the first person and tells a real situation: who is ill, age, complaint, since when, what was \
-tried, what is feared or to be decided. Somebody who knows medicine can answer it.
+- It asks for something that takes knowledge and thought, and gives no part of the answer away.
+- It says in what form and at what length the answer is wanted.""",
+    "health": """You invent demanding health questions for an assistant. You take the facts from a document, but the \
+assistant will never see the document: it gets your question and nothing else. So the question is complete in itself:
+- It is asked in the first person and tells a real situation: who is ill, age, complaint, since when, what was tried, \
+what is feared or to be decided.
 - It never speaks of a document, text, passage or author.
-- It takes just the facts that you note to answer it well and safely, and the question does not contain them.
-
-Two questions that were made from other documents:
-<facts>
-1. For a nosebleed one sits up, leans forward and pinches the nose for ten minutes without letting go.
-2. Swallowed blood makes one sick.
-3. People on anticoagulants need medical care.
-</facts>
-<problem>
-My father is 78 and takes warfarin. His nose has been bleeding for twenty minutes; he lies on the sofa with his \
-head back, and I look every minute whether it has stopped. What are we doing wrong, what must we do now, and does \
-he need a doctor?
-</problem>
-
-<facts>
-1. Deep vein thrombosis is common in the days after a hip operation.
-2. It shows as pain, swelling and warmth of one calf.
-3. An ultrasound scan decides, the same day.
-</facts>
-<problem>
-I am a nurse on a surgical ward. A woman of 45, two days after a hip operation, has pain and swelling in her left \
-calf but no fever, and wants to get up and walk. What could it be, what do I look for, whom do I call and how fast, \
-and may she walk?
-</problem>""",
-    "writing": """You invent creative writing tasks for an assistant. The characters, places and events come from a \
-document, but the assistant will never see the document: it gets your task and nothing else. So the task must be \
-complete in itself:
+- It takes the facts that you note to answer it well and safely, and the question does not give them away.""",
+    "writing": """You invent creative writing tasks for an assistant. You take the characters, places and events from \
+a document, but the assistant will never see the document: it gets your task and nothing else. So the task is complete \
+in itself:
 - It names the characters and says who they are to each other, where and when they live, and what has happened.
 - It never speaks of a document, text, passage or author.
-- It says what the piece must achieve, so that good and poor pieces can be told apart, and leaves the end and the \
-words to the assistant.
-- It ends with the length that is wanted.
-
-Two tasks that were made from other documents:
-<facts>
-1. Ingrid Moe, keeper of the lighthouse at Skarvoy; Tveit, a young engineer.
-2. The lamp was out on the night her brother Anders drowned.
-3. A page is torn from the logbook; the lighthouse is automated the next day.
-</facts>
-<problem>
-Write a scene with dialogue. Ingrid Moe has kept the lighthouse at Skarvoy for thirty years and has told nobody \
-that its lamp was out on the night her brother Anders drowned. The day before the lighthouse is automated, the \
-young engineer Tveit brings her the logbook, from which one page has been torn. The truth comes near but is spoken \
-only in the last line. About 300 words.
-</problem>
-
-<facts>
-1. Tomas, the last bell-founder of Varna; Iliya, his apprentice.
-2. Iliya leaves by train to work in a car factory.
-3. The last bell is still cooling.
-</facts>
-<problem>
-Write a poem of five stanzas in the voice of Tomas, the last bell-founder of Varna, on the morning when his only \
-apprentice Iliya leaves by train to work in a car factory while their last bell is still cooling. It should speak \
-of metal more than of feelings, and not rhyme.
-</problem>""",
+- It says what the piece must achieve, and leaves the end and the words to the assistant.
+- It says at what length the piece is wanted.""",
 }
 
 DOCUMENT = "<document>\n{document}\n</document>\n\n"
@@ -230,14 +159,12 @@ DOCUMENT = "<document>\n{document}\n</document>\n\n"
 TOPIC = "There is no document this time, only a topic: <topic>{topic}</topic>\n\n"
 
 PROPOSE = {
-    "instructions": "Write one task that {kind}.",
-    "health": "Write the question of {kind}.",
-    "writing": "Write one task that asks for {kind}.",
-}
-FACTS = {
-    "instructions": " First note three facts of the document that the answer needs, then write the task.",
-    "health": " First note three facts of the document that the answer needs, then write the question.",
-    "writing": " First note who the characters are and what happens, then write the task.",
+    "instructions": """Write one task that {kind}, as suits the document. First note three facts of the document that \
+the answer needs, then write the task.""",
+    "health": """Write the question of {kind}. First note three facts of the document that the answer needs, then \
+write the question.""",
+    "writing": """Write one task that asks for {kind}. First note who the characters are and what happens, then write \
+the task.""",
 }
 # How the reply is begun for the proposer. Facts before the problem keep small models to their document.
 PROBLEM_BEGUN = "<facts>\n1."
@@ -306,29 +233,30 @@ PROBLEM = "<problem>\n{problem}\n</problem>\n\n"
 KNOWN = DOCUMENT + "<reference>\n{reference}\n</reference>\n\n"
 ANSWER = "<answer>\n{answer}\n</answer>\n\n"  # once for each answer shown to the rubric writer
 
-RUBRIC = """Write the rubric by which a grader tells good answers to this problem from poor ones. The grader will see \
-the problem, your rubric and one answer, and nothing else of the above.
+# The rubric writer's system prompt, and what it is asked after all that it is shown.
+RUBRIC = """You write rubrics. You are shown a problem, what is known about it and some answers to it. By your rubric \
+a grader must be able to tell good answers to this problem from poor ones. The grader will see the problem, the rubric \
+and one answer, and nothing else of what you see.
 
-First note the facts that a full answer needs. Then compare the answers shown with each other and with what is \
-known: what do the better ones have that the worse ones lack or get wrong? Turn the differences that tell most into \
-criteria, at most {most}. A criterion
+First note the facts that a full answer needs. Then compare the answers with each other and with what is known: what \
+do the better ones have that the worse ones lack or get wrong? Turn what tells most into criteria, at most {most}. \
+A criterion
 - asks for one thing that can be checked in an answer, and overlaps no other criterion;
-- names particulars of this problem. What suits any problem, such as being clear, accurate or complete, is worthless: \
-two specific criteria are better than five general ones.
+- names particulars of this problem. What suits any problem, such as being clear, accurate or complete, is worthless.
 {task}
 
 Reply with one JSON object and nothing else:
 {{"facts": [...], "differences": [...],
  "criteria": [{{"name": ..., "gold": ..., "description": ..., "weight": ...}}, ...]}}
 
-"facts": up to four facts, each a short sentence that a full answer could contain.
+"facts": up to four facts, from the document if there is one, each a short sentence that a full answer could contain.
 "differences": up to three short sentences, each on one thing in which the answers differ.
 "name": what the criterion is about, in two to six words.
-"gold": one of these facts, in a few words or a number; "{no_gold}" where no single fact decides, as with form, \
-style or advice.
-"description": a sentence or two on what any answer must say or do to meet the criterion, with an example, and on what \
-falls short. It does not speak of the answers above, which the grader does not see.
+"gold": the fact that decides, in a few words or a number; "{no_gold}" where none does, as with form, style or advice.
+"description": what any answer must say or do to meet the criterion, and what is not enough. It does not speak of the \
+answers above, which the grader does not see.
 "weight": from 1 (a detail) to 5 (decisive)."""
+WRITE_RUBRIC = "Write the rubric for this problem."
 
 RUBRIC_FOR = {
     "instructions": "- Look at the facts, and at what the problem demands in form and length.",
@@ -368,6 +296,8 @@ meet it and in what they do not; and the rating.
 1. Evidence: "..." ...
 Rating: 0, 1 or 2"""
 
+# Criterion before answer: the other way round problem and answer would be read once for all criteria, but a 1.5B then
+# put the reference above another problem's in 18 of 23 cases instead of 21.
 RATE = """Problem: <problem>{problem}</problem>
 
 Criterion: <criterion>{criterion}</criterion>
@@ -452,10 +382,9 @@ def write_problems(
 ) -> list[tuple[Episode, str]]:
     """n attempts at a problem from each document: those without a fault."""
     begun = "" if cfg.crutches else PROBLEM_BEGUN
-    kinds = [rng.choice(KINDS[cfg.task]) for _ in episodes]
-    asked = [problem_prompt(e, kind, cfg) for e, kind in zip(episodes, kinds, strict=True)]
-    system = "" if cfg.crutches else PROPOSER[cfg.task]
-    prompts = [llm.encode(system, prompt, begun) for prompt in asked]
+    prompts = [
+        llm.encode_messages(problem_messages(e.document.text, draw_kind(cfg, rng), cfg), begun) for e in episodes
+    ]
     with role(llm, cfg):
         outputs = llm.generate(
             prompts,
@@ -470,6 +399,8 @@ def write_problems(
         for output in group:
             problem = in_tags(begun + output.text) if output.finished or cfg.crutches else ""
             fault = problem_fault(problem, seen_by_proposer(e, cfg))
+            if not fault and copies_example(problem, e.document.text, cfg):
+                fault = "copies an example"
             if fault:
                 e.reject("proposer", fault, output.text)
             else:
@@ -482,7 +413,7 @@ def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Co
     asked = crutches.REFERENCE if cfg.crutches else REFERENCE[cfg.task]
     with role(llm, cfg):
         outputs = llm.generate(
-            [llm.encode("", known(e, cfg) + fill(asked, problem=problem)) for e, problem in problems],
+            [llm.encode("", known(e.document.text, cfg) + fill(asked, problem=problem)) for e, problem in problems],
             max_new_tokens=cfg.reference_tokens,
             temperature=cfg.proposer_temperature,
             forms=[crutches.reference_form(problem, cfg) for _, problem in problems] if cfg.crutches else None,
@@ -490,7 +421,9 @@ def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Co
         )
     for (e, problem), (output,) in zip(problems, outputs, strict=True):
         reference = final_answer(output.text)
-        fault = reference_fault(reference, problem, seen_by_proposer(e, cfg))
+        # A writing task names what it takes from the document: a piece need not add to that.
+        source = None if cfg.task == "writing" else seen_by_proposer(e, cfg)
+        fault = reference_fault(reference, problem, source)
         if not fault and not (output.finished or cfg.crutches):
             fault = "reference unfinished"
         if fault:
@@ -503,15 +436,37 @@ def seen_by_proposer(episode: Episode, cfg: "Config") -> str | None:
     return episode.document.text if cfg.proposer_document else None
 
 
-def known(episode: Episode, cfg: "Config") -> str:
-    text = episode.document.text
-    return fill(DOCUMENT, document=text) if cfg.proposer_document else fill(TOPIC, topic=topic(text))
+def known(document: str, cfg: "Config") -> str:
+    return fill(DOCUMENT, document=document) if cfg.proposer_document else fill(TOPIC, topic=topic(document))
 
 
-def problem_prompt(episode: Episode, kind: str, cfg: "Config") -> str:
+def draw_kind(cfg: "Config", rng: random.Random) -> str:
+    """What kind of problem to ask for. Not every task suits every document, so instructions come as a choice of two."""
+    kinds = KINDS[cfg.task]
+    return " or ".join(rng.sample(kinds, 2)) if cfg.task == "instructions" else rng.choice(kinds)
+
+
+def problem_messages(document: str, kind: str, cfg: "Config") -> list[dict[str, str]]:
+    """What the proposer sees: the worked examples as earlier turns, then the document."""
     if cfg.crutches:
-        return known(episode, cfg) + crutches.PROBLEM[cfg.task]
-    return known(episode, cfg) + PROPOSE[cfg.task].format(kind=kind) + FACTS[cfg.task]
+        return [turn("user", known(document, cfg) + crutches.PROBLEM[cfg.task])]
+    messages = [turn("system", PROPOSER[cfg.task])]
+    for x in EXAMPLES[cfg.task]:
+        facts = "\n".join(f"{k}. {fact}" for k, fact in enumerate(x.facts, 1))
+        messages.append(turn("user", known(x.document, cfg) + PROPOSE[cfg.task].format(kind=x.kind)))
+        messages.append(turn("assistant", f"<facts>\n{facts}\n</facts>\n<problem>\n{x.problem}\n</problem>"))
+    return [*messages, turn("user", known(document, cfg) + PROPOSE[cfg.task].format(kind=kind))]
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def copies_example(problem: str, document: str, cfg: "Config") -> bool:
+    """Whether a problem has a name from the worked examples (a capital within a sentence) that its document lacks."""
+    shown = " ".join(f"{x.document} {x.problem}" for x in EXAMPLES[cfg.task])
+    names = set(re.findall(r"(?<=[a-z,] )[A-Z]\w{3,}", shown)) & set(re.findall(r"\w+", problem))
+    return any(name.lower() not in words(document) for name in names)
 
 
 TAGS = re.compile(r"(?:<\s*problem\s*>\s*)+(.*?)(?:<\s*(?:/\s*)?problem\s*>|\Z)", re.IGNORECASE | re.DOTALL)
@@ -554,11 +509,10 @@ def gate(llm: LLM, problems: Sequence[str], cfg: "Config") -> list[str | None]:
 
 
 def gate_messages(question: str, problem: str) -> list[dict[str, str]]:
-    turns = []
+    messages = []
     for shown, reply in GATE_SHOTS:
-        turns.append({"role": "user", "content": fill(question, problem=shown)})
-        turns.append({"role": "assistant", "content": reply})
-    return [*turns, {"role": "user", "content": fill(question, problem=problem)}]
+        messages += [turn("user", fill(question, problem=shown)), turn("assistant", reply)]
+    return [*messages, turn("user", fill(question, problem=problem))]
 
 
 def final_answer(text: str) -> str:
@@ -646,7 +600,7 @@ SOURCE = re.compile(
     r"present|provide|report|say|state|suggest)(?:s|d|ed)?\b"
     rf"|\b(?:do|does|did) (?:the|this) {TEXT}"
     r"|\b(?:in|from|of) (?:the|this) (?:passage|excerpt|article)\b(?! (?:of|by)\b)"
-    rf"|\b(?:facts?|information|details?) (?:from|in|of) (?:the|this) {TEXT}"
+    rf"|\b(?:facts?|information|details?)\b[^.,?!\n]{{0,40}} (?:from|in|of) (?:the|this) {TEXT}"
     rf"|\b(?:analy[sz]e|paraphrase|proofread|read|rewrite|summari[sz]e|translate) the {TEXT}",
     re.IGNORECASE,
 )
@@ -690,6 +644,19 @@ def refers_to_nothing(problem: str) -> bool:
     return False
 
 
+FACTS_GIVEN = re.compile(
+    r"\bbased on (?:the|these|this) (?:facts?|information)\b(?! (?:about|of|on|that) )"
+    r"|\bthe (?:above|given|provided) (?:facts?|information|details)\b"
+    r"|\b(?:the|these) (?:\w+ )?(?:facts?|information|details) (?:\w+ )?(?:above|given|provided)\b",
+    re.IGNORECASE,
+)
+
+
+def given_facts(problem: str) -> bool:
+    """Whether a problem speaks of "the facts provided" and provides none."""
+    return bool(FACTS_GIVEN.search(problem)) and not brings_text(problem)
+
+
 # Problems that a word, a name, a number or a line may answer, unless they ask for prose too.
 SHORT = re.compile(
     r"\b(?:(?:one|single|two|three|few|five) words?|word or phrase|yes or no|true or false|title|slogan|headline|"
@@ -726,7 +693,7 @@ def problem_fault(problem: str, document: str | None) -> str | None:
         return "unfinished"
     if len(words(problem)) < 4 and len(problem) < 16:  # characters, for scripts that put no space between words
         return "too short"
-    if refers_to_nothing(problem) or points_at_source(problem, problem):
+    if refers_to_nothing(problem) or points_at_source(problem, problem) or given_facts(problem):
         return "mentions the text"
     if repeated(problem) > REPEATED:
         return "repeats itself"
@@ -814,7 +781,7 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts
             longest = max(room(llm, form) for form in forms[::n])
         with role(llm, cfg):
             outputs = llm.generate(
-                [llm.encode("", rubric_prompt(e, cfg, rendering), begun) for e in todo],
+                [llm.encode_messages(rubric_messages(e, cfg, rendering), begun) for e in todo],
                 n=n,
                 max_new_tokens=longest,
                 temperature=temperature,
@@ -832,15 +799,36 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts
             e.controls = [Answer(e.reference), Answer(other.reference if other is not e else UNRELATED)]
 
 
-def rubric_prompt(episode: Episode, cfg: "Config", rendering: int = 0) -> str:
-    """What the rubric writer sees; the other rendering has the answers in the opposite order and the document last."""
+def rubric_messages(episode: Episode, cfg: "Config", rendering: int = 0) -> list[dict[str, str]]:
+    """What the rubric writer sees: a worked example as an earlier turn, then the material of the episode."""
+    system = RUBRIC.format(most=cfg.max_criteria, task=RUBRIC_FOR[cfg.task], no_gold=NO_GOLD)
+    x = EXAMPLES[cfg.task][0]
+    example = Episode(Document("", x.document), x.problem, x.reference, [Answer(text) for text in x.answers])
+    return [
+        turn("system", system),
+        turn("user", rubric_material(example, cfg, rendering)),
+        turn("assistant", rubric_reply(x.rubric, cfg, rendering)),
+        turn("user", rubric_material(episode, cfg, rendering)),
+    ]
+
+
+def rubric_material(episode: Episode, cfg: "Config", rendering: int) -> str:
+    """The document comes last: small models take their facts from what they read last, and answers are often wrong.
+
+    The other rendering has the answers in the opposite order and the document first.
+    """
     shown = length_spread([final_answer(a.text) for a in episode.answers], cfg.rubric_answers)
     material = [fill(ANSWER, answer=text) for text in (shown if rendering == 0 else reversed(shown))]
     if cfg.rubric_document:
         known = fill(KNOWN, document=episode.document.text, reference=episode.reference)
-        material.insert(0 if rendering == 0 else len(material), known)
-    asked = RUBRIC.format(most=cfg.max_criteria, task=RUBRIC_FOR[cfg.task], no_gold=NO_GOLD)
-    return "".join([fill(PROBLEM, problem=episode.problem), *material, asked])
+        material.insert(len(material) if rendering == 0 else 0, known)
+    return "".join([fill(PROBLEM, problem=episode.problem), *material, WRITE_RUBRIC])
+
+
+def rubric_reply(rubric: dict[str, Any], cfg: "Config", rendering: int) -> str:
+    """A worked example's rubric as the model is to write it: begun as RUBRIC_BEGUN begins the reply."""
+    criteria = {"criteria": rubric["criteria"][: cfg.max_criteria]}
+    return json.dumps(criteria if rendering else rubric | criteria, ensure_ascii=False)
 
 
 def keep_criteria(episode: Episode, text: str, cfg: "Config") -> None:
@@ -861,6 +849,8 @@ def criterion_fault(criterion: Criterion, problem: str, document: str | None) ->
     """Why a criterion is rejected, or None. document: None where its writer has not seen one."""
     if len(words(criterion.description)) < 4:
         return "description too short"
+    if SHOWN.search(criterion.description):
+        return "speaks of what the judge does not see"
     if repeated(criterion.description) > REPEATED:
         return "repeats itself"
     said = content_words(f"{criterion.name} {criterion.description} {criterion.gold}")
@@ -937,6 +927,13 @@ ANSWER_SAYS = re.compile(
 )
 ABOUT_THE_ANSWER = re.compile(
     r"\A(?:the |a |an )?(?:full |good |better )?(?:answer|response)s?\b|\Ashould\b", re.IGNORECASE
+)
+# What the rubric writer was shown, and what one answer lacks: "the reference mentions it, the second answer does not".
+SHOWN = re.compile(
+    r"\bthe reference\b(?! (?:frame|interval|list|range|value)s?\b)"
+    r"|\b(?:first|second|third|fourth|other|better|worse) answers?\b"
+    r"|\banswers? (?:does|do|did) not (?:address|discuss|explain|give|include|mention|provide|state)\b",
+    re.IGNORECASE,
 )
 # "None of the drugs" is a fact.
 NO_GOLD_SAID = re.compile(r"(?:(?:n/?a|none|null)\W*\Z|not (?:applicable|available)\b)", re.IGNORECASE)

@@ -78,7 +78,7 @@ class Speaker(LLM):
 def played(llm=None, **flags):
     """(prompts by role, the episode) of one round of self-play on one document."""
     llm = llm or Speaker()
-    cfg = replace(Config(group_size=2, rubric_answers=2, tries=1), **flags)
+    cfg = replace(Config(group_size=2, rubric_answers=2, tries=1, judge="generate"), **flags)
     document = next(iter(heldout.recording(cfg))) if cfg.episodes else DOCUMENT
     (episode,) = pop.play(llm, [document], cfg, random.Random(0))
     assert episode.drop in (None, "group/zero spread")

@@ -69,7 +69,7 @@ FIGURES = {
     "of the problems that came to the gate, passed": "6 of 10",  # 5 accepted and 1 with a bad reference; 4 not
     "rubrics accepted": "4 of 5",
     "criteria of a rubric, mean": "1.8",  # 2, 1, 1, 3
-    "criteria that name things of the problem": "3 of 7",  # DIET: otters, Danube
+    "criteria that name things of problem or document": "5 of 7",  # DIET: otters, Danube; CUBS: cubs, weeks
     "criteria with a gold answer": "5 of 7",
     "golds that are found in the document": "3 of 5",  # not twelve
     "judge's replies that could be read": "11 of 14",

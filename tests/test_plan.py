@@ -159,7 +159,7 @@ def test_24gb_preset_fits_20_gib_in_every_phase_of_every_task(task: str, tokens:
 
 
 def test_all_but_the_update_see_the_documents_that_a_step_takes():
-    cfg = replace(config_of("24gb"), rollout_tokens=10**9, update_tokens=10**6, documents=4, oversample=1.5)
+    cfg = replace(config_of("24gb"), rollout_tokens=10**9, update_tokens=10**6, documents=4, judge="generate")
     work = work_of(cfg)
     assert {role: batch.prompts for role, batch in work.items()} == {
         "propose": 6,
@@ -175,15 +175,15 @@ def test_all_but_the_update_see_the_documents_that_a_step_takes():
 def test_the_logits_judge_holds_the_beginnings_of_one_batch_at_a_time():
     cfg = replace(config_of("24gb"), judge="logits", documents=2, oversample=1.0)
     few, many = (work_of(replace(cfg, documents=n))["judge"] for n in (2, 200))
-    # 49,152 tokens are 20 rows of 650 + 512 + 250 + 1,024, or 2 groups of 8 answers that begin alike.
-    assert few == many and (many.prompt, many.beginnings, many.rest) == (2_436, 2, 1_024 + plan.QUESTION)
+    # 49,152 tokens are 21 rows of 450 + 512 + 250 + 1,024, or 2 groups of 8 answers that begin alike.
+    assert few == many and (many.prompt, many.beginnings, many.rest) == (2_236, 2, 1_024 + plan.QUESTION)
     # In 5,000 there is room for two rows: a group is read in four pieces, its beginning in each.
     small, large = (plan.tokens_of(replace(cfg, rollout_tokens=n))["judge"][0] for n in (5_000, 49_152))
     assert small - large == 3 * 2 * 5 * (many.prompt - many.rest)
 
 
 def test_answers_that_a_rubric_is_not_tried_on_are_not_judged():
-    cfg = replace(config_of("24gb"), rollout_tokens=10**9, documents=4, oversample=1.0)
+    cfg = replace(config_of("24gb"), rollout_tokens=10**9, documents=4, oversample=1.0, judge="generate")
     tried, untried = (work_of(replace(cfg, check_rubric=check))["judge"].prompts for check in (True, False))
     assert (tried, untried) == (4 * (8 + 2), 4 * 8)
 
@@ -195,7 +195,7 @@ def test_the_solver_is_given_the_problem_in_the_chat_template_and_nothing_else()
 def test_the_rubric_writer_is_given_all_that_there_is():
     cfg = replace(config_of("24gb"), max_words=1_000, problem_tokens=500, reference_tokens=700, max_new_tokens=800)
     prompts = [work_of(replace(cfg, rubric_answers=n))["rubric"].prompt for n in (0, 6, 20)]
-    assert prompts == [1_400 + 500 + 650 + 700 + shown * 800 for shown in (0, 6, 8)]
+    assert prompts == [1_400 + 500 + 1_130 + 700 + shown * 800 for shown in (0, 6, 8)]
 
 
 def test_48gb_preset_fits_44_gib_in_every_phase():

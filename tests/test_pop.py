@@ -407,7 +407,7 @@ def test_a_card_too_small_for_the_default_model_is_told_so_in_one_line_but_not_w
 
 def test_preset_flags_on_top_of_a_preset(capsys):
     cfg = pop.parse_args(["--preset", "24gb", "--lr", "3e-5"])
-    assert (cfg.model, cfg.lr, cfg.judge) == ("Qwen/Qwen2.5-7B-Instruct", 3e-5, "generate")
+    assert (cfg.model, cfg.lr, cfg.judge) == ("Qwen/Qwen2.5-7B-Instruct", 3e-5, "logits")
     assert "preset 24gb" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ import torch
 
 import rubric
 from data import Document
+from examples import EXAMPLES
 from model import LLM, Completion
 from pop import Config
 from rubric import Answer, Criterion, Episode
@@ -301,7 +302,7 @@ def test_the_rubric_writer_sees_document_problem_reference_and_its_own_answers(l
     for e, answers, prompt in zip(episodes, ANSWERS, writer.prompts, strict=True):
         assert between(prompt, "document") == e.document.text
         assert (between(prompt, "problem"), between(prompt, "reference")) == (e.problem, e.reference)
-        shown = re.findall(r"<answer>\n(.*?)\n</answer>", prompt)
+        shown = re.findall(r"<answer>\n(.*?)\n</answer>", prompt[prompt.index(e.problem) :])
         assert shown == [min(answers, key=len), max(answers, key=len)]
 
 
@@ -551,3 +552,62 @@ def test_without_the_gate_or_a_problem_nothing_is_asked_of_it(llm):
     assert rubric.gate(llm, [KESTREL_PROBLEM], Config(gate=False)) == [None]
     assert rubric.gate(llm, [], Config()) == []
     assert script.calls == []
+
+
+# ------------------------------------------------------------------------------------------------- worked examples
+
+
+def test_the_examples_stand_before_the_document_as_turns_of_the_chat(llm, task="health"):
+    messages = rubric.problem_messages(KESTREL.text, "a nurse about a patient", Config(task=task))
+    assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2, "user"]
+    asked, replies = messages[1::2], messages[2::2]
+    documents = [between(m["content"], "document") for m in asked]
+    assert documents == [*(x.document for x in EXAMPLES[task]), KESTREL.text]
+    assert [between(m["content"], "problem") for m in replies] == [x.problem for x in EXAMPLES[task]]
+    assert all(m["content"].startswith(rubric.PROBLEM_BEGUN) for m in replies)
+
+
+@everywhere
+@pytest.mark.parametrize("rendering", [0, 1])
+def test_the_rubric_writers_example_is_begun_as_its_own_reply_will_be(task, rendering):
+    messages = rubric.rubric_messages(episode(), Config(task=task), rendering)
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
+    assert messages[2]["content"].startswith(rubric.RUBRIC_BEGUN[rendering])
+    tags = [re.findall(r"<(\w+)>", messages[turn]["content"]) for turn in (1, 3)]
+    assert list(dict.fromkeys(tags[0])) == list(dict.fromkeys(tags[1]))  # in the same order
+
+
+@everywhere
+def test_the_examples_pass_every_check_that_what_is_written_has_to_pass(task):
+    for x in EXAMPLES[task]:
+        assert rubric.problem_fault(x.problem, x.document) is None
+    first = EXAMPLES[task][0]
+    source = None if task == "writing" else first.document
+    assert rubric.reference_fault(first.reference, first.problem, source) is None
+    e = Episode(Document("x", first.document), first.problem)
+    rubric.keep_criteria(e, json.dumps(first.rubric), Config(task=task))
+    assert [asdict(c) for c in e.rubric] == first.rubric["criteria"]
+
+
+def test_an_example_has_no_more_criteria_than_are_allowed():
+    _, _, reply, _ = rubric.rubric_messages(episode(), Config(max_criteria=1))
+    assert len(json.loads(reply["content"])["criteria"]) == 1
+
+
+@pytest.mark.parametrize("hidden", ["rubric_document", "proposer_document"])
+def test_an_example_shows_no_document_where_none_is_shown(hidden):
+    cfg = Config(**{hidden: False})
+    messages = [*rubric.rubric_messages(episode(), cfg), *rubric.problem_messages(KESTREL.text, "x", cfg)]
+    shown = ["<document>" in m["content"] for m in messages]
+    assert any(shown) and not any(shown[:4] if hidden == "rubric_document" else shown[4:])
+
+
+def test_a_problem_with_a_name_from_the_examples_copies_them_unless_its_document_has_the_name(llm):
+    copied = "Why does the kestrel of the Suez Canal hover above the verge with its head locked still?"
+    script = Script(llm, [tagged(copied)], [tagged(KESTREL_PROBLEM)], [KESTREL_REFERENCE])
+    (e,) = propose(script, [KESTREL])
+    assert [f["reason"] for f in e.failures] == ["copies an example"] and e.problem == KESTREL_PROBLEM
+    own = Document("canal", KESTREL.text + " It breeds along the Suez Canal.")
+    script = Script(llm, [tagged(copied)], [KESTREL_REFERENCE])
+    (e,) = propose(script, [own])
+    assert (e.failures, e.problem) == ([], copied)

@@ -77,15 +77,15 @@ def test_attempts_are_greedy_then_greedy_at_the_other_rendering_then_three_sampl
 
 def test_the_other_rendering_shows_the_same_in_another_order(llm):
     cfg, e = Config(rubric_answers=3), episode()
-    one, other = (rubric.rubric_prompt(e, cfg, rendering) for rendering in (0, 1))
+    one, other = (rubric.rubric_messages(e, cfg, rendering)[-1]["content"] for rendering in (0, 1))
     blocks = [re.findall(r"<(answer|document|reference|problem)>\n(.*?)\n</", text) for text in (one, other)]
     assert sorted(blocks[0]) == sorted(blocks[1])
     shown = [[text for tag, text in found if tag == "answer"] for found in blocks]
     assert shown[0] == shown[1][::-1] == sorted(ANSWERS[0], key=len)
     order = [[tag for tag, _ in found] for found in blocks]
     assert order == [
-        ["problem", "document", "reference", *3 * ["answer"]],
         ["problem", *3 * ["answer"], "document", "reference"],
+        ["problem", "document", "reference", *3 * ["answer"]],
     ]
     assert one.rpartition("</")[2].partition("\n")[2] == other.rpartition("</")[2].partition("\n")[2]  # what is asked
 
@@ -144,6 +144,10 @@ WARFARIN = "My father has taken warfarin since 1868, he says. What has he to avo
         (None, "since 1868", "Gives the year when it began."),
         (None, "Yes", "Says whether he may eat spinach."),
         (None, NO_GOLD, "Tells the father calmly what to do."),
+        (None, NO_GOLD, "The answer does not tell him to eat spinach, and gives the reference range of warfarin."),
+        ("speaks of what the judge does not see", NO_GOLD, "The reference names warfarin, while the answer does not."),
+        ("speaks of what the judge does not see", NO_GOLD, "Tells more of warfarin than the second answer."),
+        ("speaks of what the judge does not see", NO_GOLD, "The answer does not mention warfarin."),
         ("gold not from the document", "Aspirin", "Names the drug that he takes, warfarin."),
         ("gold not from the document", "1869", "Gives the year when warfarin began."),
         ("gold speaks of the answer", "The answer should name warfarin", "Names the drug that he takes."),
@@ -344,7 +348,7 @@ def test_a_filled_form_of_a_small_model_is_a_rubric(llm, document):
 
 def tried(llm: LLM, *calls, episodes: Sequence[Episode] | None = None, **options) -> tuple[list[Episode], Script]:
     """Episodes after rubrics, ratings, and the trial of the rubrics."""
-    script, cfg = Script(llm, *calls), Config(**options)
+    script, cfg = Script(llm, *calls), Config(**{"judge": "generate", **options})
     episodes = episodes or [episode(rubric=[])]
     rubric.write_rubrics(llm, episodes, cfg)
     rubric.judge(llm, rubric.alive(episodes), cfg)
@@ -557,7 +561,7 @@ def orders(seed: int) -> list[list[str]]:
     """The order of the criteria in the prompt of each of three answers to each of six problems."""
     llm = tiny_llm()
     script = Script(llm, by_name(**RATED))
-    rubric.judge(llm, [episode(problem=f"{k}?", rubric=FOUR) for k in range(6)], Config(seed=seed))
+    rubric.judge(llm, [episode(problem=f"{k}?", rubric=FOUR) for k in range(6)], Config(seed=seed, judge="generate"))
     return [[name.split()[0] for name in named(prompt)] for prompt in script.calls[0].prompts]
 
 
@@ -598,7 +602,7 @@ def test_without_rubric_gold_no_gold_answer_is_shown_to_a_judge(llm, judge):
 def test_an_unreadable_judgement_is_asked_for_once_more_and_then_missing(llm):
     script = Script(llm, [verdict(2, 2), "hm", verdict(2)], [verdict(0, 0), verdict(2)], ["never asked for"])
     e = episode()
-    rubric.judge(llm, [e], Config())
+    rubric.judge(llm, [e], Config(judge="generate"))
     assert [a.ratings for a in e.answers] == [[2.0, 2.0], [0.0, 0.0], None]
     assert [sorted(a.thoughts) for a in e.answers] == [["Evidence: thought 1", "Evidence: thought 2"]] * 2 + [[]]
     assert [call.temperature > 0 for call in script.calls] == [False, True]
@@ -609,7 +613,7 @@ def test_an_unreadable_judgement_is_asked_for_once_more_and_then_missing(llm):
 def test_readable_judgements_are_not_asked_for_again(llm):
     script = Script(llm, [verdict(2, 1), "hm", verdict(1, 1)], [verdict(0, 1)])
     e = episode()
-    rubric.judge(llm, [e], Config())
+    rubric.judge(llm, [e], Config(judge="generate"))
     first, second = script.calls
     assert second.ids == first.ids[1:2]
     assert e.answers[1].text in second.prompts[0]
@@ -628,7 +632,7 @@ def test_judgements_reach_the_answers_they_are_about(llm):
     Script(llm, [verdict(0), verdict(1), verdict(0, 0), verdict(1, 1), verdict(2, 2)])
     one = episode(rubric=KESTREL_RUBRIC[:1], answers=[Answer("a"), Answer("b")])
     two = episode()
-    rubric.judge(llm, [one, two], Config())
+    rubric.judge(llm, [one, two], Config(judge="generate"))
     assert [a.ratings for a in one.answers + two.answers] == [[0.0], [1.0], [0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
 
 

@@ -93,7 +93,7 @@ def prompts_with(tokenizer, text: str, judge: str = "generate") -> dict[str, lis
     rubric.solve(llm, [e], cfg)
     e.answers = [Answer(f"{text} Otters float. {text}"), Answer(text)]
     rubric.write_rubrics(llm, [e], cfg)
-    llm.prompts["rubric"].append(llm.encode("", rubric.rubric_prompt(e, cfg, rendering=1)))
+    llm.prompts["rubric"].append(llm.encode_messages(rubric.rubric_messages(e, cfg, rendering=1)))
     e.rubric = [Criterion(f"{text} name", f"{text} gold", text, 1.0), CRITERIA[0]]
     rubric.judge(llm, [e], cfg)
     return llm.prompts
@@ -209,6 +209,9 @@ def test_no_text_adds_or_removes_a_fence_in_any_prompt(text):
         assert tags(plain) and tags(hostile) == tags(plain), name
 
 
+EXAMPLES = {"propose": 2, "rubric": 1}  # turns that stand before the one with the texts
+
+
 def letters(text: str) -> str:
     return re.sub(r"\s", "", text)
 
@@ -219,7 +222,8 @@ def test_each_text_stands_whole_between_its_own_fences(tokenizer, text):
 
     def between(role: str, fence: str, number: int = -1) -> str:
         prompt = tokenizer.decode(prompts[role][number])
-        _, inside, _ = re.split(f"</?{fence}>", prompt)  # opened once and closed once
+        *before, inside, _ = re.split(f"</?{fence}>", prompt)
+        assert len(before) == 1 + 2 * EXAMPLES.get(role, 0)  # opened and closed once in each turn
         return letters(inside)
 
     whole = letters(text)
@@ -244,14 +248,16 @@ def test_answers_shown_to_the_rubric_writer_have_a_fence_each():
     tokenizer = byte_tokenizer()
     for text in HOSTILE.values():
         for ids in prompts_with(tokenizer, text)["rubric"]:
-            assert re.findall("</?answer>", tokenizer.decode(ids)) == ["<answer>", "</answer>"] * 2
+            assert (
+                re.findall("</?answer>", tokenizer.decode(ids)) == ["<answer>", "</answer>"] * 2 * 2
+            )  # and an example's
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_no_text_forges_a_heading_of_the_plain_format(text):
     tokenizer = plain_tokenizer()
     for role, prompts in prompts_with(tokenizer, text).items():
-        turns = 1 + len(rubric.GATE_SHOTS) * (role == "gate")
+        turns = 1 + {**EXAMPLES, "gate": len(rubric.GATE_SHOTS)}.get(role, 0)
         for ids in prompts:
             found = re.findall(r"#{3}\s*(request|response)", tokenizer.decode(ids).lower())
             assert found == ["request", "response"] * turns

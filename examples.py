@@ -1,0 +1,251 @@
+"""Worked examples of what the roles write, two for each task. They stand in the prompt as earlier turns of the chat.
+
+Small models take up a format from such turns. Examples within an instruction they copied word for word.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document and the problem a proposer makes of it; with some, the rubric that a rubric writer makes of both."""
+
+    kind: str
+    document: str
+    facts: list[str]
+    problem: str
+    reference: str = ""
+    answers: list[str] = field(default_factory=list)
+    rubric: dict[str, Any] = field(default_factory=dict)
+
+
+def criterion(name: str, gold: str, description: str, weight: int) -> dict[str, str | int]:
+    return {"name": name, "gold": gold, "description": description, "weight": weight}
+
+
+EXAMPLES = {
+    "instructions": [
+        Example(
+            kind="tells a person's situation and asks for advice",
+            document="""Seasoning on cast iron is not bought but made: a thin film of oil, baked above its smoke point \
+until it hardens. Rust has to be scrubbed off to the bare metal first. A thick coat does not harden through and stays \
+sticky. Modern soap contains no lye and does the film no harm; soaking does, because water creeps under it and lifts \
+it off.""",
+            facts=[
+                "Seasoning is a thin film of oil that is baked until it hardens.",
+                "A thick coat of oil stays sticky.",
+                "Modern soap does it no harm, but soaking does.",
+            ],
+            problem="""My grandmother's cast iron skillet was orange with rust. I scrubbed it bare, rubbed in plenty \
+of oil and baked it, but the surface came out sticky, and a friend says I must never use soap on it. What did I do \
+wrong, is my friend right, and how do I save the skillet? Answer in about 150 words.""",
+            reference="""1. Wash the skillet with soap if you like: modern soap contains no lye and does no harm. Only \
+soaking does, because water creeps under the film. 2. Scrub the sticky coat off: it was too thick to harden through. \
+3. Rub in oil and wipe nearly all of it off again. 4. Bake it above the smoke point of the oil, until the film is \
+hard.""",
+            answers=[
+                "Never use soap. Put more oil on the skillet and leave it in the sun until it is dry.",
+                """1. Your friend is wrong, soap is fine. 2. You used too much oil. 3. Scrub it, oil it again and bake \
+it in a warm oven for an hour.""",
+            ],
+            rubric={
+                "facts": [
+                    "A thick coat of oil does not harden through and stays sticky.",
+                    "The oil is baked above its smoke point until it hardens.",
+                    "Modern soap contains no lye and does no harm.",
+                ],
+                "differences": [
+                    "One forbids soap, the other allows it but gives no reason.",
+                    "One adds more oil, the other sees that there was too much.",
+                    "Neither says how hot the skillet has to be.",
+                ],
+                "criteria": [
+                    criterion(
+                        "Why the surface is sticky",
+                        "coat of oil too thick",
+                        "Says that the oil was too thick to harden, and that only a thin film may be left.",
+                        5,
+                    ),
+                    criterion(
+                        "Heat of the baking",
+                        "above the smoke point",
+                        "Says that the skillet is baked above the smoke point, not just in a warm oven.",
+                        3,
+                    ),
+                    criterion(
+                        "Whether soap is allowed",
+                        "soap does no harm",
+                        "Tells that the friend is wrong about soap, with the reason that it contains no lye.",
+                        3,
+                    ),
+                    criterion(
+                        "Advice for this skillet",
+                        "not applicable",
+                        "Tells step by step how to save the sticky skillet, in about 150 words.",
+                        2,
+                    ),
+                ],
+            },
+        ),
+        Example(
+            kind="asks to compare two named things in certain respects",
+            document="""The Suez Canal runs at sea level through flat desert and has no locks. In Panama a ridge \
+stands in the way, so ships are lifted 26 metres to Gatun Lake and let down again on the other side. Each passage \
+drains about 200 million litres of fresh water from the lake into the sea, and in dry years fewer ships may pass. The \
+size of the lock chambers decides how large a ship can be.""",
+            facts=[
+                "The Suez Canal lies at sea level and needs no locks.",
+                "The Panama Canal lifts ships 26 metres to a lake.",
+                "Each passage costs that lake 200 million litres of fresh water.",
+            ],
+            problem="""Compare the Suez Canal and the Panama Canal: why does one need locks and the other none, and \
+what follows from that for the size of ships and for the use of fresh water? Two or three paragraphs.""",
+        ),
+    ],
+    "health": [
+        Example(
+            kind="somebody who looks after an old relative",
+            document="""A nosebleed stops fastest if one sits up, leans forward and pinches the soft part of the nose \
+for ten minutes without letting go. With the head back the blood runs down the throat and makes one sick. Whoever \
+takes anticoagulants, or bleeds for more than half an hour, needs medical care.""",
+            facts=[
+                "One sits up, leans forward and pinches the nose for ten minutes without letting go.",
+                "Swallowed blood makes one sick.",
+                "People on anticoagulants need medical care.",
+            ],
+            problem="""My father is 78 and takes warfarin. His nose has been bleeding for twenty minutes; he lies on \
+the sofa with his head back, and I look every minute whether it has stopped. What are we doing wrong, what must we do \
+now, and does he need a doctor?""",
+            reference="""Sit him up, let him lean forward and spit the blood out. Pinch the soft part of his nose for \
+ten minutes by the clock and do not look in between. With the head back he swallows the blood, which makes him sick. \
+He takes warfarin, so he needs medical care now, even if it stops.""",
+            answers=[
+                "Let him lie down with his head back and put ice on his neck. A nosebleed stops by itself.",
+                """Sit him up and let him lean forward. Pinch his nose for five minutes and look now and then whether \
+it has stopped. Warfarin makes bleeding last longer, so call his doctor tomorrow.""",
+            ],
+            rubric={
+                "facts": [
+                    "He must sit up and lean forward so that he does not swallow the blood.",
+                    "The soft part of the nose is pinched for ten minutes without letting go.",
+                    "Because of warfarin he needs medical care now.",
+                ],
+                "differences": [
+                    "One lets him lie with his head back, the other sits him up and forward.",
+                    "One has the nose pinched, but too short and with looks in between.",
+                    "Both let him wait although he takes warfarin.",
+                ],
+                "criteria": [
+                    criterion(
+                        "Sitting up and leaning forward",
+                        "leaning forward",
+                        "Has the father sit up and lean forward, not lie down or lay his head back.",
+                        3,
+                    ),
+                    criterion(
+                        "Pinching without letting go",
+                        "ten minutes",
+                        "Says to pinch the soft part of the nose for ten minutes without looking in between.",
+                        4,
+                    ),
+                    criterion(
+                        "Warfarin needs a doctor now",
+                        "medical care now",
+                        "Says that because of the warfarin he needs medical care at once, not tomorrow.",
+                        5,
+                    ),
+                ],
+            },
+        ),
+        Example(
+            kind="a nurse about a patient",
+            document="""Deep vein thrombosis is most frequent in the weeks after an operation on hip or knee. Often \
+the only signs are pain, swelling and warmth of one calf; fever is rare. Examination cannot exclude it: an ultrasound \
+scan decides, the same day, because a clot may break off and reach the lungs.""",
+            facts=[
+                "Deep vein thrombosis is frequent after hip operations.",
+                "Pain, swelling and warmth of one calf are its signs.",
+                "An ultrasound scan decides, the same day.",
+            ],
+            problem="""I am a nurse on a surgical ward. A woman of 45, five days after a hip operation, complains of \
+pain in her left calf, which is swollen; she has no fever and wants to get up and walk. What could it be, whom do I \
+call and how fast, and what can make it dangerous?""",
+        ),
+    ],
+    "writing": [
+        Example(
+            kind="a scene with dialogue",
+            document="""Ingrid Moe had kept the lighthouse at Skarvoy for thirty years, and on one night of them, the \
+night her brother Anders drowned, the lamp was out. Nobody had ever asked. On the day before the light went over to a \
+computer, the engineer, a boy called Tveit, brought her the logbook, from which a page was missing.""",
+            facts=[
+                "Ingrid Moe has kept the lighthouse at Skarvoy for thirty years; Tveit is a young engineer.",
+                "The lamp was out on the night her brother Anders drowned.",
+                "The day before the lighthouse is automated, a page is missing from the logbook.",
+            ],
+            problem="""Write a scene with dialogue. Ingrid Moe has kept the lighthouse at Skarvoy for thirty years and \
+has told nobody that its lamp was out on the night her brother Anders drowned. The day before the lighthouse is \
+automated, the young engineer Tveit brings her the logbook, from which one page is missing. What they both know must \
+come near and be spoken only in the last line. About 300 words.""",
+            reference='''The lamp room smelled of paraffin, though there had been none in it for years. "They want it \
+for the museum," said Tveit and laid the logbook on the sill. "There's a page gone. November." Ingrid went on \
+polishing the lens. "Mice," she said. "Mice don't tear straight." Below them the sea did what it always did. "Your \
+brother was out that night." "Anders," she said. "He had a name." Tveit closed the book. She put down the cloth. "I \
+was asleep," she said. "It was dark because I was asleep."''',
+            answers=[
+                """Ingrid was sad because the light was off when Anders died. She told Tveit everything at once and he \
+was very shocked. Then they hugged and the lighthouse was automated.""",
+                """"You kept it thirty years," Tveit said and opened the logbook. Ingrid looked at the stub of the \
+page. "It was a bad winter," she said. He waited. She told him about the lamp, then about the storm, and how she had \
+loved her brother.""",
+            ],
+            rubric={
+                "facts": [
+                    "The lamp was out on the night Anders drowned.",
+                    "A page is missing from the logbook.",
+                    "Ingrid has told nobody for thirty years.",
+                ],
+                "differences": [
+                    "One tells it as a summary, the other as a scene with dialogue.",
+                    "In both the truth comes out early instead of in the last line.",
+                    "One names the feelings, the other shows them in what is done.",
+                ],
+                "criteria": [
+                    criterion(
+                        "The truth in the last line",
+                        "not applicable",
+                        "That the lamp was out is spoken only in the last line, after it came near before.",
+                        5,
+                    ),
+                    criterion(
+                        "The missing page",
+                        "page missing from the logbook",
+                        "Tveit brings the logbook, and the missing page drives the talk.",
+                        3,
+                    ),
+                    criterion(
+                        "Dialogue between Ingrid and Tveit",
+                        "not applicable",
+                        "What Ingrid hides shows in how she speaks and what she does; no feelings are named.",
+                        4,
+                    ),
+                ],
+            },
+        ),
+        Example(
+            kind="a poem",
+            document="""In Varna there was one bell-founder left, Tomas, and he had one apprentice, Iliya, who was \
+good and knew it. The letter from the car factory came in May. By then they had poured the last bell, and it would \
+need nine days to cool; Iliya's train left on the fourth.""",
+            facts=[
+                "Tomas is the last bell-founder of Varna; Iliya is his only apprentice.",
+                "Iliya leaves by train to work in a car factory.",
+                "Their last bell needs five more days to cool.",
+            ],
+            problem="""Write a poem in the voice of Tomas, the last bell-founder of Varna, on the morning when his \
+only apprentice Iliya takes the train to work in a car factory while their last bell is still cooling. He says nothing \
+of farewell, but it must be felt in what he sees. Five unrhymed stanzas.""",
+        ),
+    ],
+}
