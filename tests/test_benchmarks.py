@@ -184,7 +184,7 @@ def test_arena_hard_s_prompts_are_there_and_a_text_file_has_one_in_each_line(tmp
 
 # ---------------------------------------------------------------------------------------------------- heldout
 
-CFG = Config(max_new_tokens=100, soft_length=0.75, length_floor=0.5)
+CFG = Config(judge="generate", max_new_tokens=100, soft_length=0.75, length_floor=0.5)
 
 
 def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_nor_reference():
