@@ -443,7 +443,7 @@ def known(document: str, cfg: "Config") -> str:
 def draw_kind(cfg: "Config", rng: random.Random) -> str:
     """What kind of problem to ask for. Not every task suits every document, so instructions come as a choice of two."""
     kinds = KINDS[cfg.task]
-    return " or ".join(rng.sample(kinds, 2)) if cfg.task == "instructions" else rng.choice(kinds)
+    return " or ".join(rng.sample(kinds, 2)) if cfg.task == "instructions" and not cfg.crutches else rng.choice(kinds)
 
 
 def problem_messages(document: str, kind: str, cfg: "Config") -> list[dict[str, str]]:
@@ -801,15 +801,14 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts
 
 def rubric_messages(episode: Episode, cfg: "Config", rendering: int = 0) -> list[dict[str, str]]:
     """What the rubric writer sees: a worked example as an earlier turn, then the material of the episode."""
-    system = RUBRIC.format(most=cfg.max_criteria, task=RUBRIC_FOR[cfg.task], no_gold=NO_GOLD)
+    told = RUBRIC.format(most=cfg.max_criteria, task=RUBRIC_FOR[cfg.task], no_gold=NO_GOLD)
+    if cfg.crutches:  # a 135M would copy the example, and forget what it was told before the material
+        return [turn("user", f"{rubric_material(episode, cfg, 1 - rendering)}\n\n{told}")]
+    system, asked = turn("system", told), turn("user", rubric_material(episode, cfg, rendering))
     x = EXAMPLES[cfg.task][0]
     example = Episode(Document("", x.document), x.problem, x.reference, [Answer(text) for text in x.answers])
-    return [
-        turn("system", system),
-        turn("user", rubric_material(example, cfg, rendering)),
-        turn("assistant", rubric_reply(x.rubric, cfg, rendering)),
-        turn("user", rubric_material(episode, cfg, rendering)),
-    ]
+    shown = turn("user", rubric_material(example, cfg, rendering))
+    return [system, shown, turn("assistant", rubric_reply(x.rubric, cfg, rendering)), asked]
 
 
 def rubric_material(episode: Episode, cfg: "Config", rendering: int) -> str:

@@ -611,3 +611,9 @@ def test_a_problem_with_a_name_from_the_examples_copies_them_unless_its_document
     script = Script(llm, [tagged(copied)], [KESTREL_REFERENCE])
     (e,) = propose(script, [own])
     assert (e.failures, e.problem) == ([], copied)
+
+
+def test_models_on_crutches_are_shown_no_examples():
+    cfg = Config(crutches=True)
+    assert [m["role"] for m in rubric.rubric_messages(episode(), cfg)] == ["user"]
+    assert [m["role"] for m in rubric.problem_messages(KESTREL.text, "x", cfg)] == ["user"]
