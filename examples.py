@@ -1,6 +1,6 @@
 """Worked examples of what the roles write, two for each task. They stand in the prompt as earlier turns of the chat.
 
-Small models take up a format from such turns. Examples within an instruction they copied word for word.
+Small models learn a format from such turns. When the examples stood in the instruction, they copied them word for word.
 """
 
 from dataclasses import dataclass, field

@@ -44,9 +44,8 @@ def prepare(llm: LLM, corpus: Corpus, cfg: "Config", run: Path, phase: Phase = p
     path = run / "heldout.jsonl"
     if n and not path.exists():
         episodes = make(llm, set_aside(corpus, n, cfg), cfg, phase)
-        text = "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
         with checkpoint.writing(path, run):
-            checkpoint.replace_file(path, text.encode())
+            checkpoint.replace_file(path, json_lines(episodes).encode())
         tqdm.write(f"held out: {len(alive(episodes))} problems with rubrics, from {len(episodes)} documents")
     return read(path) if n else []
 
@@ -117,6 +116,11 @@ def make(llm: LLM, documents: Sequence[Document], cfg: "Config", phase: Phase = 
             phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
             phase("rubric", lambda: rubric.check_rubrics(llm, alive(episodes), cfg), episodes)
     return [replace(e, answers=[], controls=[]) for e in episodes]
+
+
+def json_lines(episodes: Sequence[Episode]) -> str:
+    """The text of a file that `read` reads."""
+    return "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
 
 
 def read(path: Path, answers: bool = False) -> list[Episode]:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import TypeVar
@@ -22,13 +22,14 @@ from transformers import AutoConfig
 
 import fast
 import guards
+import heldout
 import model
 import plan
 import pop
 import rubric
 from data import HUB_CORPORA, Document, UserError
 from plan import GIB, Batch, PeakMemory, Shapes
-from rubric import Criterion, Episode
+from rubric import Criterion, Episode, content_words
 
 T = TypeVar("T")
 
@@ -210,28 +211,24 @@ def roles(args: argparse.Namespace, flags: Sequence[str]) -> None:
         episodes, above = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg, path)
         print(f"\n== {task}: {len(episodes)} documents, {since(start)}; all texts in {path}")
         for name, value in numbers(episodes, above).items():
-            print(f"{name:46} {value}", flush=True)
+            print(f"{name:48} {value}", flush=True)
 
 
 def play(llm: model.LLM, documents: list[Document], cfg: pop.Config, path: Path) -> tuple[list[Episode], list[bool]]:
     """A step of the self-play; and for each problem, by its first rubric, whether its own reference is graded above the
     reference of another. The texts are written to `path` after each phase."""
     episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
-    write(path, episodes)
+    path.write_text(heldout.json_lines(episodes), encoding="utf-8")
     for phase in (rubric.solve, rubric.write_rubrics, rubric.judge):
         phase(llm, pop.alive(episodes), cfg)
-        write(path, episodes)
+        path.write_text(heldout.json_lines(episodes), encoding="utf-8")
     graded = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in pop.alive(episodes)]
     rubric.check_rubrics(llm, pop.alive(episodes), cfg)
     for e in pop.alive(episodes):
         for a in e.answers:
             guards.reward(a, e, cfg)
-    write(path, episodes)
+    path.write_text(heldout.json_lines(episodes), encoding="utf-8")
     return episodes, [both[0] > both[1] for both in graded if len(both) == 2]
-
-
-def write(path: Path, episodes: Sequence[Episode]) -> None:
-    path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes), encoding="utf-8")
 
 
 def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str]:
@@ -247,13 +244,9 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
     reached = gated + len(proposed) + sum(n for why, n in reasons["proposer"].items() if why.startswith("reference"))
     criteria = [(e, c) for e in with_rubric for c in e.rubric]
     golds = [(e, c) for e, c in criteria if c.gold != rubric.NO_GOLD]
-    found = [known(rubric.content_words(c.gold), rubric.content_words(e.document.text)) for e, c in golds]
+    found = [known(content_words(c.gold), content_words(e.document.text)) for e, c in golds]
     named = [
-        len(
-            rubric.content_words(f"{c.name} {c.description} {c.gold}")
-            & rubric.content_words(f"{e.problem} {e.document.text}")
-        )
-        > 1
+        len(content_words(f"{c.name} {c.description} {c.gold}") & content_words(f"{e.problem} {e.document.text}")) > 1
         for e, c in criteria
     ]
     judged = [e for e in with_rubric if e.answers]

@@ -248,9 +248,8 @@ def test_answers_shown_to_the_rubric_writer_have_a_fence_each():
     tokenizer = byte_tokenizer()
     for text in HOSTILE.values():
         for ids in prompts_with(tokenizer, text)["rubric"]:
-            assert (
-                re.findall("</?answer>", tokenizer.decode(ids)) == ["<answer>", "</answer>"] * 2 * 2
-            )  # and an example's
+            shown = re.findall("</?answer>", tokenizer.decode(ids))
+            assert shown == ["<answer>", "</answer>"] * 2 * 2  # two of the worked example, two of the episode
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
