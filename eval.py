@@ -22,18 +22,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-import checkpoint
-import faults
-import heldout
+import config
+import data
 import model
-import plan
 import pop
-import results
 import rubric
-import runlog
-from benchmarks import BENCHMARKS, Item, held_out_items
+from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdict
+from benchmarks.sets import BENCHMARKS, Item, held_out_items
 from data import HUB_CORPORA, UserError
-from judges import EndpointJudge, LocalJudge, Question, Value, Verdict
+from engine import audit as auditing
+from engine import checkpoint, heldout, memory, runlog
+from lab import plan, results
 from model import LLM
 
 AGAIN = "the same command"  # goes on where an evaluation ended
@@ -81,11 +80,11 @@ def settle(args: argparse.Namespace) -> list[Adapter]:
     adapters = [find_adapter(name) for name in args.adapter]
     if len({a.label for a in adapters}) < len(adapters):
         raise UserError("--adapter: the same adapter twice")
-    preset = args.preset or pop.pick_preset()[0]
-    stored = checkpoint.stored_config(adapters[0].run) if adapters and adapters[0].run else {}
+    preset = args.preset or config.pick_preset()[0]
+    stored = config.stored_config(adapters[0].run) if adapters and adapters[0].run else {}
     known = {field.name for field in fields(pop.Config)} - {"resume", "output", "dry_run"}
     given = {name: getattr(args, name, None) for name in ("model", "load_in", "task", "corpus", "seed")}
-    settings = {**pop.PRESETS[preset], **{name: value for name, value in stored.items() if name in known}}
+    settings = {**config.PRESETS[preset], **{name: value for name, value in stored.items() if name in known}}
     settings |= {name: value for name, value in given.items() if value is not None}
     args.config = pop.Config(**{**settings, "preset": preset})
     args.model, args.load_in = args.config.model, args.config.load_in
@@ -133,7 +132,7 @@ def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace
                     desc="answer",
                 )
 
-            written = faults.within_memory(llm, "answer", work, lambda: None, budgets)
+            written = memory.within_memory(llm, "answer", work, lambda: None, budgets)
             new = [
                 {
                     "id": item.id,
@@ -188,7 +187,7 @@ def problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) ->
     )
     documents = list(islice(unseen, args.limit or 64))
     read_records(path)  # cuts off half a line
-    had = heldout.read(path) if path.exists() else []
+    had = data.read(path) if path.exists() else []
     todo = [d for d in documents if d not in [e.document for e in had]]
     with tqdm(total=len(documents), initial=len(documents) - len(todo), desc="problems", unit="document") as bar:
         for start in range(0, len(todo), 8):
@@ -230,7 +229,7 @@ def judged(
     if todo := len(questions) - len(values):
         print(f"{label}: {len(values)} of {len(questions)} verdicts are there, {todo} to ask for")
         if isinstance(judge, LocalJudge):
-            faults.within_memory(judge.llm, "judge", ask, lambda: None, budgets)
+            memory.within_memory(judge.llm, "judge", ask, lambda: None, budgets)
             args.token_budget = budgets["judge"]
         else:
             ask()
@@ -419,9 +418,9 @@ def chat(args: argparse.Namespace) -> None:
 
 def audit(args: argparse.Namespace) -> None:
     """What the reward gives for a reference, a sampled answer, and answers that deserve nothing; guards off and on."""
-    preset = args.preset or pop.pick_preset()[0]
+    preset = args.preset or config.pick_preset()[0]
     given: dict[str, Any] = {name: getattr(args, name) for name in ("model", "judge", "task", "corpus")}
-    settings = {**pop.PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
+    settings = {**config.PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
     cfg = pop.Config(**{**settings, "preset": preset, "seed": args.seed})
     path = Path(args.output or f"runs/audit-{Path(cfg.model).name}-{cfg.task}-{cfg.judge}.json")
     documents = heldout.set_aside(pop.open_corpus(cfg), args.documents, cfg)
@@ -434,10 +433,10 @@ def audit(args: argparse.Namespace) -> None:
     if len(kept) < 2:
         reasons = ", ".join(e.drop for e in episodes if e.drop) or "the corpus has too few"
         raise UserError(f"--documents {args.documents}: need 2 usable ones ({reasons}); ask for more")
-    result = heldout.audit(llm, kept, cfg)
+    result = auditing.audit(llm, kept, cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(path, path.parent, result)
-    print(heldout.table(result), *heldout.warnings(result), f"all numbers in {path}", sep="\n")
+    print(auditing.table(result), *auditing.warnings(result), f"all numbers in {path}", sep="\n")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -445,7 +444,7 @@ def audit(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     models = argparse.ArgumentParser(add_help=False)
-    models.add_argument("--preset", choices=list(pop.PRESETS), help="settings to start from; default: by hardware")
+    models.add_argument("--preset", choices=list(config.PRESETS), help="settings to start from; default: by hardware")
     models.add_argument("--model", help="as for pop.py; default: the adapter's, or the preset's")
     models.add_argument("--load-in", choices=["4bit", "bf16", "fp32"], help="default: the adapter's, or the preset's")
     models.add_argument("--seed", type=int, default=0)
@@ -481,7 +480,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=chat)
 
     command = commands.add_parser("audit", help=audit.__doc__, description=audit.__doc__)
-    command.add_argument("--preset", choices=list(pop.PRESETS), help="settings to start from; default: by hardware")
+    command.add_argument("--preset", choices=list(config.PRESETS), help="settings to start from; default: by hardware")
     command.add_argument("--model", help="as for pop.py; default: the preset's")
     command.add_argument("--judge", choices=["generate", "logits"], help="default: the preset's")
     command.add_argument("--task", choices=list(HUB_CORPORA), default="instructions")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
@@ -37,19 +37,15 @@ from transformers import (
     LogitsProcessorList,
 )
 
-import fast
 from data import UserError
-from fast import batches, positions
-from forms import Field, FormFiller, Watcher
+from engine import fast
+from engine.fast import batches, positions
+from engine.forms import Field, FormFiller, Watcher
+from engine.memory import LOGITS_CHUNK_BYTES, READ_TOKENS, Device, out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Device = Literal["cuda", "cpu"]
-
-OUT_OF_MEMORY = re.compile(
-    r"CUDA (driver )?error: out of memory|can't allocate memory|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
-)
 
 # What a tokenizer without a chat template (a base model) is given instead.
 PLAIN_FORMAT = {
@@ -61,12 +57,6 @@ PLAIN_FORMAT = {
 # A text must not spell out the headings of PLAIN_FORMAT.
 PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
 
-# One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again. Each chunk reads
-# the whole output head, 1.1 GB of a 7B, which a GPU should not do too often.
-LOGITS_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-
-# Tokens read at once: more are no faster, padded to a longer row, and need more memory.
-READ_TOKENS = {"cpu": 1_024, "cuda": 8_192}
 
 # How many times as long attention with a mask takes, per pair of tokens, as without. On CUDA a mask rules out
 # FlashAttention; 4 is a guess until bench_gpu.py has measured it on a card.
@@ -176,17 +166,6 @@ def pick_device() -> tuple[torch.device, torch.dtype]:
     # Older cards than Ampere have bf16 in emulation only, which is slower than fp32.
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device("cuda"), torch.bfloat16 if native else torch.float32
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """CUDA's allocator has its own exception; the driver, cuBLAS, cuDNN and the CPU's allocator raise others. Where it
-    happens while a CUDA graph is captured, another error is raised because of it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    because = None if error.__suppress_context__ else error.__context__
-    return OUT_OF_MEMORY.search(str(error)) is not None or (because is not None and out_of_memory(because))
 
 
 def load(

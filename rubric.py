@@ -17,76 +17,38 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-import crutches
-from data import Document
-from examples import EXAMPLES
-from forms import Field, room
+from config import FACTS_TOKENS, Config
+from data import Answer, Criterion, Document, Episode, alive
+from engine import crutches, guards
+from engine.examples import EXAMPLES
+from engine.forms import Field, room
+from engine.text import (
+    content_words,
+    final_answer,
+    given_facts,
+    points_at_source,
+    refers_to_nothing,
+    repeated,
+    short_answer_fits,
+    taken_from,
+    words,
+)
 from model import LLM, Completion
-
-if TYPE_CHECKING:
-    from pop import Config
 
 T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------- records
 
 
-@dataclass
-class Criterion:
-    """One line of a rubric. `gold` is the short fact that a full answer states, or NO_GOLD."""
-
-    name: str
-    gold: str
-    description: str
-    weight: float
-
-
-@dataclass
-class Answer:
-    """One solver answer and what became of it."""
-
-    text: str
-    ids: list[int] = field(default_factory=list)  # completion tokens, the first end token included
-    finished: bool = True
-    thoughts: list[str] = field(default_factory=list)
-    ratings: list[float] | None = None  # one in [0, 2] per criterion; None: the judge could not be read
-    grade: float | None = None  # weighted mean rating in [0, 1]
-    reward: float | None = None  # grade after the guards
-    guards: list[str] = field(default_factory=list)  # the guards that fired
-    advantage: float = 0.0
-
-
-@dataclass
-class Episode:
-    """All that was said about one document. `drop` is why it is not trained on, as "role/reason"."""
-
-    document: Document
-    problem: str = ""
-    reference: str = ""
-    answers: list[Answer] = field(default_factory=list)
-    rubric: list[Criterion] = field(default_factory=list)
-    prompt_ids: list[int] = field(default_factory=list)  # what the solver was given
-    controls: list[Answer] = field(default_factory=list)  # the reference and an unrelated answer, to try the rubric on
-    failures: list[dict[str, str]] = field(default_factory=list)  # every output that was rejected, and why
-    drop: str | None = None
-
-    def reject(self, role: str, reason: str, raw: str) -> None:
-        self.failures.append({"role": role, "reason": reason, "raw": raw})
-
-
-def alive(episodes: Sequence[Episode]) -> list[Episode]:
-    return [e for e in episodes if e.drop is None]
-
-
 class Phase(Protocol):
     """Does the work of one phase (propose, solve, rubric, judge), in which the given episodes may change.
 
-    faults.rollout, for one, does it again where memory ran out.
+    memory.rollout, for one, does it again where memory ran out.
     """
 
     def __call__(self, name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T: ...
@@ -342,7 +304,7 @@ def fill(template: str, **texts: str) -> str:
     return template.format(**{name: FENCES.sub(r"\g<0> ", text.strip()) for name, text in texts.items()})
 
 
-def role(llm: LLM, cfg: "Config") -> contextlib.AbstractContextManager[None]:
+def role(llm: LLM, cfg: Config) -> contextlib.AbstractContextManager[None]:
     """Proposer, rubric writer and judge are the base model, or with --roles policy the model being trained."""
     return llm.adapters_off() if cfg.roles == "base" else contextlib.nullcontext()
 
@@ -350,7 +312,7 @@ def role(llm: LLM, cfg: "Config") -> contextlib.AbstractContextManager[None]:
 # --------------------------------------------------------------------------------------------------- proposer
 
 
-def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.Random) -> list[Episode]:
+def propose(llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Random) -> list[Episode]:
     """A problem and a reference answer from each document: the first of up to cfg.tries attempts that passes.
 
     The reference is asked for in a call of its own, after the gate: small models that are to write both at once mix
@@ -375,11 +337,8 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: "Config", rng: random.
     return episodes
 
 
-FACTS_TOKENS = 128  # room for the facts that are noted before a problem
-
-
 def write_problems(
-    llm: LLM, episodes: Sequence[Episode], n: int, cfg: "Config", rng: random.Random
+    llm: LLM, episodes: Sequence[Episode], n: int, cfg: Config, rng: random.Random
 ) -> list[tuple[Episode, str]]:
     """n attempts at a problem from each document: those without a fault."""
     begun = "" if cfg.crutches else PROBLEM_BEGUN
@@ -409,7 +368,7 @@ def write_problems(
     return problems
 
 
-def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Config") -> None:
+def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: Config) -> None:
     """Answer problems with their documents in view; an episode keeps its first good pair."""
     asked = crutches.REFERENCE if cfg.crutches else REFERENCE[cfg.task]
     with role(llm, cfg):
@@ -433,21 +392,21 @@ def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: "Co
             e.problem, e.reference = problem, reference
 
 
-def seen_by_proposer(episode: Episode, cfg: "Config") -> str | None:
+def seen_by_proposer(episode: Episode, cfg: Config) -> str | None:
     return episode.document.text if cfg.proposer_document else None
 
 
-def known(document: str, cfg: "Config") -> str:
+def known(document: str, cfg: Config) -> str:
     return fill(DOCUMENT, document=document) if cfg.proposer_document else fill(TOPIC, topic=topic(document))
 
 
-def draw_kind(cfg: "Config", rng: random.Random) -> str:
+def draw_kind(cfg: Config, rng: random.Random) -> str:
     """What kind of problem to ask for. Not every task suits every document, so instructions come as a choice of two."""
     kinds = KINDS[cfg.task]
     return " or ".join(rng.sample(kinds, 2)) if cfg.task == "instructions" and not cfg.crutches else rng.choice(kinds)
 
 
-def problem_messages(document: str, kind: str, cfg: "Config") -> list[dict[str, str]]:
+def problem_messages(document: str, kind: str, cfg: Config) -> list[dict[str, str]]:
     """What the proposer sees: the worked examples as earlier turns, then the document."""
     if cfg.crutches:
         return [turn("user", known(document, cfg) + crutches.PROBLEM[cfg.task])]
@@ -463,7 +422,7 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def copies_example(problem: str, document: str, cfg: "Config") -> bool:
+def copies_example(problem: str, document: str, cfg: Config) -> bool:
     """Whether a problem has a name from the worked examples (a capital within a sentence) that its document lacks."""
     shown = " ".join(f"{x.document} {x.problem}" for x in EXAMPLES[cfg.task])
     names = set(re.findall(r"(?<=[a-z,] )[A-Z]\w{3,}", shown)) & set(re.findall(r"\w+", problem))
@@ -493,7 +452,7 @@ def topic(document: str) -> str:
     return max(carrying, key=carrying.count, default="life")
 
 
-def gate(llm: LLM, problems: Sequence[str], cfg: "Config") -> list[str | None]:
+def gate(llm: LLM, problems: Sequence[str], cfg: Config) -> list[str | None]:
     """Why each problem is stopped, or None: the base model is shown it alone and asked, without decoding."""
     stopped: list[str | None] = [None] * len(problems)
     if not cfg.gate or not problems:
@@ -514,175 +473,6 @@ def gate_messages(question: str, problem: str) -> list[dict[str, str]]:
     for shown, reply in GATE_SHOTS:
         messages += [turn("user", fill(question, problem=shown)), turn("assistant", reply)]
     return [*messages, turn("user", fill(question, problem=problem))]
-
-
-def final_answer(text: str) -> str:
-    """The text without the thoughts of a reasoning model, which are trained on but never judged.
-
-    A chat template may open them in the prompt: then the text holds the closing tag alone, at the end of a line.
-    "" where they were never closed.
-
-    >>> final_answer("<think>2 + 2? Easy.</think>\\n\\nFour."), final_answer("Easy.\\n</think>\\nFour.")
-    ('Four.', 'Four.')
-    >>> final_answer("<think>Two plus two"), final_answer("The tag <think> opens, </think> closes.")
-    ('', 'The tag <think> opens, </think> closes.')
-    """
-    opened = text.lstrip().startswith("<think>")
-    first = re.search(r"</?think>[^\S\n]*(\n|\Z)?", text)
-    if not opened and not (first and first[0].startswith("</") and first[1] is not None):
-        return text
-    _, closed, answer = text.rpartition("</think>")
-    return answer.strip() if closed else ""
-
-
-FUNCTION_WORDS = frozenset(
-    """
-    about above after again also among another because been before being between both cause caused causes
-    could does doing down during each else even ever every explain from further given have having here into
-    itself just keep know like made make makes many mean means more most much must need never only other over
-    people person rather same should since some story such than that their them then there these they thing
-    things this those through under until upon used using very want were what when where whether which while
-    whose will with within without work works would write writes writing your opening important called happen
-    happens
-    """.split()
-)
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def content_words(text: str) -> set[str]:
-    """The stems (six letters) of the words that carry a subject: four letters or more, or a digit in them."""
-    return {w[:6] for w in words(text) if (len(w) > 3 or any(map(str.isdigit, w))) and w not in FUNCTION_WORDS}
-
-
-def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    w = words(text)
-    return [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
-
-
-def repeated(text: str) -> float:
-    """The share of a text's words in runs of ten words that it said before; of a third of it, if it is short.
-
-    >>> repeated("It rises. " * 4), repeated("What is love, and what is hate?")
-    (0.75, 0.0)
-    """
-    total = len(words(text))
-    n = min(10, max(3, total // 3))
-    seen: set[tuple[str, ...]] = set()
-    again = covered = 0  # covered: where the last repeated run ends
-    for start, run in enumerate(ngrams(text, n)):
-        if run in seen:
-            again += start + n - max(start, covered)
-            covered = start + n
-        seen.add(run)
-    return again / max(1, total)
-
-
-def taken_from(source: str, text: str, n: int) -> float:
-    """The share of the text's runs of `n` words that stand in `source` too; of all its words if it has fewer."""
-    n = min(n, len(words(text)))
-    runs, known = ngrams(text, n), set(ngrams(source, n))
-    return sum(run in known for run in runs) / len(runs) if n else 0.0
-
-
-# Phrases that point at a text. "The text of the treaty", "the article by Lee" and document.title are no such phrase.
-TEXT = r"(?:passage|excerpt|document|article|text|extract|paragraph)\b(?!\.\w|:|,? (?:of|by|titled|entitled|called)\b)"
-PIECE = r"(?:passage|excerpt|document|article|text|extract|paragraph|sentence|information|content|details|facts)s?\b"
-ABOVE = re.compile(rf"\b(?:the|this) (?:(?:above|preceding) {PIECE}|{PIECE} above\b)", re.IGNORECASE)
-BELOW = re.compile(rf"\b(?:the|this) (?:following {PIECE}|{PIECE} below\b)", re.IGNORECASE)
-SOURCE = re.compile(
-    r"\b(?:according to|based (?:up)?on|(?:described|discussed|explained|given|listed|mentioned|outlined|presented|"
-    r"provided|stated) (?:in|by)) (?:the|this) (?:(?:given|original|provided|source) )?"
-    rf"(?:{TEXT}|author\b(?! of))"
-    rf"|\b(?:the|this) (?:given|provided|source) {TEXT}"
-    rf"|\b(?:the|this) {TEXT} (?:argue|claim|describe|discusse|emphasize|explain|give|highlight|indicate|mention|note|"
-    r"present|provide|report|say|state|suggest)(?:s|d|ed)?\b"
-    rf"|\b(?:do|does|did) (?:the|this) {TEXT}"
-    r"|\b(?:in|from|of) (?:the|this) (?:passage|excerpt|article)\b(?! (?:of|by)\b)"
-    rf"|\b(?:facts?|information|details?)\b[^.,?!\n]{{0,40}} (?:from|in|of) (?:the|this) {TEXT}"
-    rf"|\b(?:analy[sz]e|paraphrase|proofread|read|rewrite|summari[sz]e|translate) the {TEXT}",
-    re.IGNORECASE,
-)
-NOUN = re.compile(r"passage|excerpt|document|article|text|extract|paragraph|author", re.IGNORECASE)
-
-
-def points_at_source(text: str, problem: str) -> bool:
-    """Whether the text speaks of a text that the problem does not bring, nor asks for, nor itself introduced."""
-    mentioned = {noun.lower() for match in SOURCE.finditer(text) for noun in NOUN.findall(match[0])}
-    if not mentioned or brings_text(problem):
-        return False
-    introduced = (
-        r"\b(?:an?|my|our|your) (?:(?!the |this )[\w-]+ ){0,4}"  # "write an article ... the article should ..."
-    )
-    return not any(re.search(introduced + noun, f"{problem}\n{text}", re.IGNORECASE) for noun in mentioned)
-
-
-def brings_text(problem: str) -> bool:
-    """Whether a problem holds material to work on: a quotation, something in tags or a code fence, or among its lines
-    one of 20 words or more that is no item of a list and does not itself speak of a text.
-    """
-    if "```" in problem or re.search(r"</\w+>", problem):
-        return True
-    quotations = problem.split('"')[1::2] + re.findall(r"“([^“”]+)”", problem)
-    if any(len(words(quotation)) >= 8 for quotation in quotations):
-        return True
-    lines = [line for line in problem.splitlines() if line.strip()]
-    material = [line for line in lines if not (re.match(r"\s*(?:[-*•]|\d+[.)])", line) or SOURCE.search(line))]
-    return len(lines) > 1 and any(len(words(line)) >= 20 for line in material)
-
-
-def refers_to_nothing(problem: str) -> bool:
-    """Whether a problem speaks of "the text above" where nothing stands above it, or "the following" of nothing."""
-    if above := ABOVE.search(problem):
-        *before, _ = re.split(r"[.!?:\n]", problem[: above.start()])
-        if len(words(" ".join(before))) < 4:
-            return True
-    if below := BELOW.search(problem):
-        after = re.search(r"[:\n<`\"“”‘]", problem[below.end() :])
-        return not (after and words(problem[below.end() + after.end() :]))
-    return False
-
-
-FACTS_GIVEN = re.compile(
-    r"\bbased on (?:the|these|this) (?:facts?|information)\b(?! (?:about|of|on|that) )"
-    r"|\bthe (?:above|given|provided) (?:facts?|information|details)\b"
-    r"|\b(?:the|these) (?:\w+ )?(?:facts?|information|details) (?:\w+ )?(?:above|given|provided)\b",
-    re.IGNORECASE,
-)
-
-
-def given_facts(problem: str) -> bool:
-    """Whether a problem speaks of "the facts provided" and provides none."""
-    return bool(FACTS_GIVEN.search(problem)) and not brings_text(problem)
-
-
-# Problems that a word, a name, a number or a line may answer, unless they ask for prose too.
-SHORT = re.compile(
-    r"\b(?:(?:one|single|two|three|few|five) words?|word or phrase|yes or no|true or false|title|slogan|headline|"
-    r"tagline|calculate|compute|solve|convert|translate|classify|(?:only|just) (?:the|an?|one|with|by)|"
-    r"(?:name|identify|state|give|pick|choose|select|find) (?:the|an?|one|two|three))\b|\bor [^.?!\n]{1,60}\?|"
-    r"(?:\A|[,.?!:\n])\W{0,5}(?:(?:at|by|from|in|of|on|to) )?(?:who|whom|whose|which|when|where|what|what's|"
-    r"how (?:many|much|old|long|far|tall|high|deep|big|large|fast|heavy|often)|"
-    r"is|are|was|were|do|does|did|can|could|has|have|will|would|should)\b",
-    re.IGNORECASE,
-)
-PROSE = re.compile(
-    r"\b(?:why|explain|describe|discuss|compare|contrast|analy[sz]e|elaborate|essay|story|poem|letter|email|article|"
-    r"report|paragraphs?|sentences?|in detail|step by step|how (?:to|do|does|did|can|could|should|would|is|are|was|"
-    r"were|has|have))\b",
-    re.IGNORECASE,
-)
-
-
-def short_answer_fits(problem: str) -> bool:
-    """Whether a few words may be a whole answer: "Which river ...?", "Reply in one word", not "Explain which ...".
-
-    >>> short_answer_fits("What is the capital of France?"), short_answer_fits("Why does bread rise?")
-    (True, False)
-    """
-    return bool(SHORT.search(problem)) and not PROSE.search(problem)
 
 
 REPEATED = 0.32  # more is a loop: a refrain, a table, or code before and after a change repeat less than a third
@@ -731,7 +521,7 @@ def reference_fault(reference: str, problem: str, document: str | None, n: int =
 # ----------------------------------------------------------------------------------------------------- solver
 
 
-def solve(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
+def solve(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> None:
     """G answers to each problem by the current policy. The solver is given the problem and nothing else."""
     for e in episodes:
         e.prompt_ids = llm.encode("", e.problem)
@@ -764,7 +554,7 @@ Attempt = tuple[int, float, int]
 ATTEMPTS: tuple[Attempt, ...] = ((0, 0.0, 1), (1, 0.0, 1), (0, 0.7, 3))
 
 
-def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts: Sequence[Attempt] = ATTEMPTS) -> None:
+def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: Config, attempts: Sequence[Attempt] = ATTEMPTS) -> None:
     """A rubric for each problem that has none yet, written after the answers and with some of them in view."""
     if cfg.rubric != "written":
         for e in episodes:
@@ -800,7 +590,7 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config", attempts
             e.controls = [Answer(e.reference), Answer(other.reference if other is not e else UNRELATED)]
 
 
-def rubric_messages(episode: Episode, cfg: "Config", rendering: int = 0) -> list[dict[str, str]]:
+def rubric_messages(episode: Episode, cfg: Config, rendering: int = 0) -> list[dict[str, str]]:
     """What the rubric writer sees: a worked example as an earlier turn, then the material of the episode."""
     told = RUBRIC.format(most=cfg.max_criteria, task=RUBRIC_FOR[cfg.task], no_gold=NO_GOLD)
     if cfg.crutches:  # a 135M would copy the example, and forget what it was told before the material
@@ -812,7 +602,7 @@ def rubric_messages(episode: Episode, cfg: "Config", rendering: int = 0) -> list
     return [system, shown, turn("assistant", rubric_reply(x.rubric, cfg, rendering)), asked]
 
 
-def rubric_material(episode: Episode, cfg: "Config", rendering: int) -> str:
+def rubric_material(episode: Episode, cfg: Config, rendering: int) -> str:
     """The document comes last: small models take their facts from what they read last, and answers are often wrong.
 
     The other rendering has all of it in the opposite order.
@@ -826,13 +616,13 @@ def rubric_material(episode: Episode, cfg: "Config", rendering: int) -> str:
     return "".join([fill(PROBLEM, problem=episode.problem), *material, WRITE_RUBRIC])
 
 
-def rubric_reply(rubric: dict[str, Any], cfg: "Config", rendering: int) -> str:
+def rubric_reply(rubric: dict[str, Any], cfg: Config, rendering: int) -> str:
     """A worked example's rubric as the model is to write it: begun as RUBRIC_BEGUN begins the reply."""
     criteria = {"criteria": rubric["criteria"][: cfg.max_criteria]}
     return json.dumps(criteria if rendering else rubric | criteria, ensure_ascii=False)
 
 
-def keep_criteria(episode: Episode, text: str, cfg: "Config") -> None:
+def keep_criteria(episode: Episode, text: str, cfg: Config) -> None:
     """Take the good criteria of an output as the episode's rubric; an output without any is a failure."""
     document = episode.document.text if cfg.rubric_document else None
     read = [(c, criterion_fault(c, episode.problem, document)) for c in parse_rubric(text)]
@@ -962,7 +752,7 @@ def distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
     return list(kept.values())
 
 
-def check_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
+def check_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> None:
     """A rubric by which the reference is not the better answer is written once more, then the group is dropped."""
     failed = reject_untelling(episodes)
     if not failed:
@@ -1022,7 +812,7 @@ def criterion_line(criterion: Criterion, gold: bool = True) -> str:
     return f"{line} Gold answer: {criterion.gold}" if gold and criterion.gold != NO_GOLD else line
 
 
-def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
+def judge(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> None:
     """Ratings in [0, 2] for every answer; an answer that the judge's text gives none for keeps `ratings` None."""
     pairs = [(e, a) for e in episodes for a in [*e.answers, *e.controls]]
     with role(llm, cfg):
@@ -1034,7 +824,7 @@ def judge(llm: LLM, episodes: Sequence[Episode], cfg: "Config") -> None:
         judge_by_text(llm, failed, 0.5, cfg)  # once more; greedy would only repeat itself
 
 
-def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature: float, cfg: "Config") -> None:
+def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature: float, cfg: Config) -> None:
     """The judge writes evidence and a rating for each criterion: all in one reply, or with `each` one a call.
 
     The rating taken is the expected value over 0, 1 and 2 where the judge wrote its rating, after its evidence: answers
@@ -1089,7 +879,7 @@ def judge_form(criteria: int, tokens: int) -> list[Field]:
 HOLISTIC_FORM = [Field("Thought:", 48), Field("Score: ", choices=tuple(map(str, range(1, 11))))]
 
 
-def shuffled(episode: Episode, cfg: "Config") -> list[int]:
+def shuffled(episode: Episode, cfg: Config) -> list[int]:
     """The numbers of an episode's criteria in the order in which its judge is given them: the same for all answers."""
     order = list(range(len(episode.rubric)))
     random.Random(f"{cfg.seed} {episode.problem}").shuffle(order)
@@ -1137,7 +927,7 @@ def expected(probs: Sequence[float]) -> float:
     return probs[1] + 2 * probs[2]
 
 
-def judge_by_logits(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], cfg: "Config") -> None:
+def judge_by_logits(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], cfg: Config) -> None:
     """Expected ratings from the probabilities of 0, 1 and 2 as the first token of the reply: no decoding.
 
     One row for each answer and criterion: below 7B, judges lose their sense when they rate several criteria at once.
@@ -1167,3 +957,10 @@ def grade(ratings: Sequence[float], rubric: Sequence[Criterion]) -> float:
     weights = [min(100.0, max(0.0, c.weight)) for c in rubric]
     total = math.fsum(weights) or 1.0
     return math.fsum(w * min(2.0, max(0.0, r)) for w, r in zip(weights, ratings, strict=True)) / (2 * total)
+
+
+def reward(answer: Answer, episode: Episode, cfg: Config) -> None:
+    """Ratings -> grade -> reward of an answer; both None where no rating could be read."""
+    kept = guards.factor(answer, episode.problem, cfg)
+    answer.grade = None if answer.ratings is None else grade(answer.ratings, episode.rubric)
+    answer.reward = None if answer.grade is None else answer.grade * kept

@@ -12,10 +12,12 @@ from test_pop import CFG as UPDATE
 from test_pop import gradients, group
 from test_roles import between, named, rubric_text, tagged, verdict, watched
 
-import heldout
+import config
+import data
 import pop
 import rubric
 from data import Document, UserError
+from engine import heldout, replay
 from model import LLM, Completion
 from pop import Config
 from rubric import Answer, Criterion, Episode
@@ -79,7 +81,7 @@ def played(llm=None, **flags):
     """(prompts by role, the episode) of one round of self-play on one document."""
     llm = llm or Speaker()
     cfg = replace(Config(group_size=2, rubric_answers=2, tries=1, judge="generate"), **flags)
-    document = next(iter(heldout.recording(cfg))) if cfg.episodes else DOCUMENT
+    document = next(iter(replay.recording(cfg))) if cfg.episodes else DOCUMENT
     (episode,) = pop.play(llm, [document], cfg, random.Random(0))
     assert episode.drop in (None, "group/zero spread")
     return llm.prompts, episode
@@ -399,10 +401,10 @@ def test_a_rubric_of_another_way_of_writing_is_written_anew_for_the_replayed_pro
 
 
 def test_a_replay_goes_through_the_episodes_with_a_rubric_over_and_over(recorded):
-    documents = iter(heldout.recording(Config(episodes=recorded)))
+    documents = iter(replay.recording(Config(episodes=recorded)))
     batch = [next(documents) for _ in range(5)]
     assert [document.id for document in batch] == ["tides", "other", "tides", "tides", "other"]
-    problems = [e.problem for e in heldout.replayed(batch, Config(episodes=recorded))]
+    problems = [e.problem for e in replay.replayed(batch, Config(episodes=recorded))]
     assert problems == [PROBLEM, "Why?", "Another problem?", PROBLEM, "Why?"]
 
 
@@ -411,9 +413,9 @@ def test_a_recording_that_cannot_be_used_is_an_error_that_names_it(tmp_path, con
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=r"--episodes .*mine.jsonl"):
-        heldout.Recording(str(path))
+        data.Recording(str(path))
     with pytest.raises(UserError, match=r"--episodes nowhere.jsonl cannot be read"):
-        heldout.Recording("nowhere.jsonl")
+        data.Recording("nowhere.jsonl")
 
 
 # -------------------------------------------------------------------------------------------------- the measure
@@ -451,14 +453,14 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
         return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, 0, {})
 
     for preset in ("24gb", "demo"):  # which differ in their judge and in the answers that the rubric writer sees
-        cfg = Config(**{**pop.PRESETS[preset], "preset": preset, "episodes": "", "crutches": False, "tries": 1})
+        cfg = Config(**{**config.PRESETS[preset], "preset": preset, "episodes": "", "crutches": False, "tries": 1})
         assert measured(cfg) == measured(replace(cfg, **flags))
 
 
 def test_a_replay_of_held_out_documents_alone_is_refused(recorded):
     held_out = [Episode(DOCUMENT), Episode(Document("other", "Another document."))]
-    assert heldout.source("the corpus", Config(), held_out) == "the corpus"
+    assert replay.source("the corpus", Config(), held_out) == "the corpus"
     cfg = Config(episodes=recorded)
-    assert heldout.source("the corpus", cfg, held_out[:1]) is heldout.recording(cfg)
+    assert replay.source("the corpus", cfg, held_out[:1]) is replay.recording(cfg)
     with pytest.raises(UserError, match="all its documents are held out in this run"):
-        heldout.source("the corpus", Config(episodes=recorded), held_out)
+        replay.source("the corpus", Config(episodes=recorded), held_out)

@@ -40,8 +40,8 @@ from transformers import (
     StableLmConfig,
 )
 
-import fast
 from data import UserError
+from engine import fast
 from model import LLM, load
 
 TOKENS = dict(

@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 
-import bench
-import fast
-import plan
+import config
 import pop
-from bench import Group, Replay, Work, groups_of
-from plan import Shapes
+from engine import fast
+from lab import bench, plan
+from lab.bench import Group, Replay, Work, groups_of
+from lab.plan import Shapes
 from rubric import Criterion
 
 END = 256
@@ -57,7 +57,7 @@ def tiny_side(llm, judge: str) -> bench.Ours:
     side = bench.Ours.__new__(bench.Ours)
     side.work, side.meter, side.llm = Work(judge=judge, micro_rows=2), bench.Meter(), llm
     side.cfg = pop.Config(
-        **{**pop.PRESETS["demo"], "judge": judge, "group_size": 3, "max_new_tokens": 9, "update_tokens": 90}
+        **{**config.PRESETS["demo"], "judge": judge, "group_size": 3, "max_new_tokens": 9, "update_tokens": 90}
     )
     criteria = [Criterion("a", "b c", "says d.", 1.0), Criterion("e", "f g", "says h.", 2.0)]
     answers = [[[65, 66, END], [67] * 9, [68, 69, 70, 71, END]], [[72, END], [73, END], [74] * 9]]

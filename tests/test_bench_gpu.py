@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import bench_gpu
+from lab import gpu as bench_gpu
 
 
 @pytest.mark.parametrize("part", ["attention", "same", "memory", "decoding"])

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-import benchmarks
 import rubric
-from benchmarks import BENCHMARKS, Item, filled, held_out_items, read_better, read_met, read_score
+from benchmarks import sets as benchmarks
+from benchmarks.sets import BENCHMARKS, Item, filled, held_out_items, read_better, read_met, read_score
 from data import Document, UserError
 from pop import Config
 from rubric import Criterion, Episode

@@ -15,10 +15,11 @@ import training
 from conftest import tiny_llm
 from safetensors.torch import load_file
 
-import checkpoint
-import faults
+import config
+import data
 import pop
 from data import Corpus, UserError
+from engine import checkpoint, signals
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def resume(run, **options) -> int:
 )
 def test_the_configuration_of_an_older_run_is_read_by_the_names_of_today(tmp_path, once, now):
     (tmp_path / "config.json").write_text(json.dumps(once))
-    assert checkpoint.stored_config(tmp_path) == now
+    assert config.stored_config(tmp_path) == now
     assert pop.parse_args(["--resume", str(tmp_path)]) == pop.Config(**now, resume=str(tmp_path))
 
 
@@ -103,7 +104,7 @@ def test_a_run_stopped_by_each_signal_equals_the_uninterrupted_one(model, refere
         training.wait_for_steps(run, steps + 1)  # it trains: while it loads, a signal ends it at once
         time.sleep(rng.uniform(0, 0.3))
         os.kill(process.pid, number)
-        assert training.ended(process) == faults.RESUMABLE
+        assert training.ended(process) == signals.RESUMABLE
         steps = len(training.lines(run / "metrics.jsonl"))
         printed = log.read_text()
         assert f"{number.name}: the run is saved and resumable with: python pop.py --resume {run}" in printed
@@ -136,7 +137,7 @@ def test_a_closed_terminal_is_survived(model, tmp_path):
         printed += os.read(controller, 1000)
     os.close(terminal)
     os.close(controller)
-    assert training.ended(process) == faults.RESUMABLE
+    assert training.ended(process) == signals.RESUMABLE
     assert checkpoint.newest(run)
 
 
@@ -152,7 +153,7 @@ def test_in_4_bits_an_interrupted_run_equals_the_uninterrupted_one(model, tmp_pa
         real(*args)
 
     monkeypatch.setattr(pop.rubric, "judge", interrupted)
-    assert pop.main(training.flags(model, tmp_path / "b", **flags)) == faults.RESUMABLE
+    assert pop.main(training.flags(model, tmp_path / "b", **flags)) == signals.RESUMABLE
     assert len(training.lines(tmp_path / "b" / "metrics.jsonl")) == 1
     assert pop.main(["--resume", str(tmp_path / "b")]) == 0
     assert training.result(tmp_path / "a") == training.result(tmp_path / "b")
@@ -279,7 +280,7 @@ def test_a_field_that_changes_no_result_may_change(copy, capsys):
 
 
 def test_every_safe_field_exists():
-    assert {field.name for field in pop.fields(pop.Config)} >= checkpoint.SAFE
+    assert {field.name for field in pop.fields(pop.Config)} >= config.SAFE
 
 
 def test_resume_needs_a_run(tmp_path):
@@ -330,28 +331,28 @@ def first(documents, n):
 @pytest.mark.parametrize("consumed", [0, 5, 39, 40, 55])
 def test_a_shuffled_stream_goes_on_after_the_documents_consumed(monkeypatch, consumed):
     wanted = first(iter(streamed(monkeypatch)), 70)
-    assert first(faults.documents_from(streamed(monkeypatch), consumed), 70 - consumed) == wanted[consumed:]
+    assert first(data.documents_from(streamed(monkeypatch), consumed), 70 - consumed) == wanted[consumed:]
 
 
 def test_a_broken_stream_is_opened_again_without_losing_or_repeating_a_document(monkeypatch, capsys):
-    monkeypatch.setattr(faults, "PAUSES", (0, 0))
+    monkeypatch.setattr(data, "PAUSES", (0, 0))
     wanted = first(iter(streamed(monkeypatch)), 70)
-    assert first(faults.documents_from(streamed(monkeypatch, broken_at=[20, 25, 30]), 0), 70) == wanted
+    assert first(data.documents_from(streamed(monkeypatch, broken_at=[20, 25, 30]), 0), 70) == wanted
     assert capsys.readouterr().out.count("reset by peer") == 3
 
 
 def test_a_stream_that_stays_broken_is_given_up(monkeypatch):
-    monkeypatch.setattr(faults, "PAUSES", (0, 0))
+    monkeypatch.setattr(data, "PAUSES", (0, 0))
     with pytest.raises(pop.Unreachable):
-        first(faults.documents_from(streamed(monkeypatch, broken_at=[20, 20, 20]), 0), 70)
+        first(data.documents_from(streamed(monkeypatch, broken_at=[20, 20, 20]), 0), 70)
 
 
 def test_a_corpus_that_changed_meanwhile_is_refused():
     corpus = Corpus("samples")
     document = first(iter(corpus), 3)[-1]
-    assert next(faults.documents_from(corpus, 3, document.id)) == first(iter(corpus), 4)[-1]
+    assert next(data.documents_from(corpus, 3, document.id)) == first(iter(corpus), 4)[-1]
     with pytest.raises(UserError, match=r"has changed: document 3 was gone.txt"):
-        next(faults.documents_from(corpus, 3, "gone.txt"))
+        next(data.documents_from(corpus, 3, "gone.txt"))
 
 
 def test_an_output_folder_with_a_run_in_it_points_to_resume(copy):

@@ -14,10 +14,9 @@ from test_model import PROMPTS, ROWS, laid_out, random_ids, scramble
 from test_pop import group
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fast
-import faults
 import pop
-from forms import Field
+from engine import fast, memory
+from engine.forms import Field
 from model import LLM, Completion, load
 
 pytestmark = pytest.mark.skipif(not fakedevice.available, reason="no hook for a device in Python, or a real GPU")
@@ -174,7 +173,7 @@ def test_rehearsals():
     assert all(p.grad.cpu().isfinite().all() for p in pop.trainable(llm))
     cfg = replace(pop.Config(), max_words=60, max_new_tokens=16, documents=1, group_size=2, rubric_answers=1)
     budgets = dict.fromkeys(pop.new_progress(cfg)["budgets"], 400)
-    faults.try_longest(llm, cfg, budgets)
+    memory.try_longest(llm, cfg, budgets)
     assert set(budgets.values()) == {400}
 
 

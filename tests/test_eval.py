@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from conftest import tiny_llm
 
-import benchmarks
 import eval as evaluation
-import heldout
-import judges
 import model
-import results
-import stats
+from benchmarks import judges
+from benchmarks import sets as benchmarks
 from data import UserError
+from engine import heldout, stats
+from lab import results
 
 PROMPTS = [f"Name {n} rivers of the north." for n in ("two", "three", "four", "five", "six", "seven", "eight", "nine")]
 

@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from test_model import END, PROMPTS, greedy, lora_gradients, naive_logps, random_ids
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
-import fast
 from data import UserError
-from forms import Field
+from engine import fast
+from engine.forms import Field
 from model import LLM
 
 # ---------------------------------------------------------------------------------------------------- weights

@@ -17,12 +17,10 @@ import training
 from conftest import tiny_llm
 from test_pop import group
 
-import checkpoint
-import fast
-import faults
+import data
 import pop
-import runlog
 from data import Document, UserError
+from engine import checkpoint, fast, memory, runlog, signals
 from rubric import Answer, Criterion, Episode
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -66,8 +64,8 @@ def fails_above(monkeypatch, owner, name, rows, rows_of):
 
 def limit_phase(monkeypatch, phase, rows, error):
     """Memory for `rows` rows only, wherever the model computes within one phase; the rehearsals are left alone."""
-    monkeypatch.setattr(faults, "try_longest", lambda *_: None)
-    real, active = faults.within_memory, []
+    monkeypatch.setattr(memory, "try_longest", lambda *_: None)
+    real, active = memory.within_memory, []
 
     def entered(llm, name, *rest):
         active.append(name)
@@ -76,7 +74,7 @@ def limit_phase(monkeypatch, phase, rows, error):
         finally:
             active.pop()
 
-    monkeypatch.setattr(faults, "within_memory", entered)
+    monkeypatch.setattr(memory, "within_memory", entered)
     monkeypatch.setattr(pop, "within_memory", entered)
     forward = pop.LLM.hidden, pop.LLM._prefill
 
@@ -113,14 +111,14 @@ def limit_phase(monkeypatch, phase, rows, error):
     ids=str,
 )
 def test_memory_that_ran_out_is_told_from_other_errors(error, full):
-    assert faults.out_of_memory(error) is full
+    assert memory.out_of_memory(error) is full
     try:
         try:
             raise error
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
     except RuntimeError as another:
-        assert faults.out_of_memory(another) is full
+        assert memory.out_of_memory(another) is full
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def test_out_of_memory_in_a_phase_halves_its_budget_and_the_run_goes_on(
 
 
 def test_the_held_out_set_the_audit_and_the_watch_go_on_where_memory_runs_out(played, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(faults, "try_longest", lambda *_: None)
+    monkeypatch.setattr(memory, "try_longest", lambda *_: None)
     tried = fails_above(monkeypatch, pop.LLM, "_prefill", 2, lambda llm, *_: llm.batch[0])
     assert pop.main(played(judge="generate", audit=2, eval_every=1, eval_documents=2, steps=1)) == 0
     assert max(tried) > 2 and "out of memory in judge" in capsys.readouterr().out
@@ -172,7 +170,7 @@ def test_a_retried_phase_writes_what_a_small_budget_from_the_start_writes(llm):
             llm.token_budget = 80
             pop.rubric.solve(llm, episodes, cfg)
 
-        faults.rollout(llm, "solve", work, rng, budgets, episodes)
+        memory.rollout(llm, "solve", work, rng, budgets, episodes)
         assert budgets == {"solve": 80 if fail else 10_000}
         written.append((episodes, rng.random(), torch.rand(1)))
     assert written[0] == written[1]
@@ -192,7 +190,7 @@ def test_the_failed_try_has_released_its_tensors_before_the_next(llm):
         llm.batch = (2, 5)
         raise torch.OutOfMemoryError("fresh: one that is kept elsewhere keeps its frames")
 
-    faults.within_memory(llm, "solve", work, lambda: None, {"solve": 100})
+    memory.within_memory(llm, "solve", work, lambda: None, {"solve": 100})
     assert len(held) == 1
 
 
@@ -202,7 +200,7 @@ def test_one_row_that_does_not_fit_ends_with_a_clear_error(llm):
         raise OOM
 
     with pytest.raises(UserError, match=r"out of memory in judge, even with one row \(900 tokens\): lower"):
-        faults.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
+        memory.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
 
 
 def test_other_errors_are_not_retried(llm):
@@ -213,7 +211,7 @@ def test_other_errors_are_not_retried(llm):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        faults.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
+        memory.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
     assert len(calls) == 1
 
 
@@ -229,7 +227,7 @@ def test_where_a_copy_of_the_weights_does_not_fit_the_phase_goes_on_without_it(m
 
     monkeypatch.setattr(fast, "held_forwards", full)
     llm.unpacked, budgets = None, {"solve": 2000}
-    written = faults.within_memory(
+    written = memory.within_memory(
         llm, "solve", lambda: llm.generate([[65, 66]], max_new_tokens=5, temperature=0), lambda: None, budgets
     )
     assert (written, budgets, llm.dequantize) == (expected, {"solve": 2000}, False)
@@ -271,7 +269,7 @@ def test_the_rehearsal_leaves_weights_and_random_states_untouched(llm):
     weights = {name: p.clone() for name, p in llm.model.state_dict().items()}
     rng = torch.get_rng_state()
     budgets = pop.new_progress(cfg)["budgets"]
-    faults.try_longest(llm, cfg, budgets)
+    memory.try_longest(llm, cfg, budgets)
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(p, weights[name]) for name, p in llm.model.state_dict().items())
     assert all(p.grad is None for p in llm.model.parameters())
@@ -283,7 +281,7 @@ def test_the_rehearsal_halves_the_budget_of_a_phase_that_does_not_fit(llm, monke
     cfg = replace(pop.Config(), max_words=100, max_new_tokens=16, documents=4, rubric_answers=1)
     tried = fails_above(monkeypatch, llm, "_prefill", 4, lambda rows, new: len(rows))
     budgets = pop.new_progress(cfg)["budgets"]
-    faults.try_longest(llm, cfg, budgets)
+    memory.try_longest(llm, cfg, budgets)
     assert max(tried) > 4 and budgets["solve"] < cfg.rollout_tokens and budgets["update"] == cfg.update_tokens
 
 
@@ -440,15 +438,15 @@ def test_steps_in_which_everything_was_dropped_are_logged_and_train_nothing(play
 def test_yields_are_shares_of_what_came_to_each_role():
     drops = ["proposer/too short", None, "rubric/no fact", "judge/unreadable ratings", "group/zero spread"]
     episodes = [Episode(Document("", ""), drop=drop) for drop in drops]
-    assert faults.yields(episodes) == {"proposer": 0.8, "rubric": 0.75, "judge": pytest.approx(2 / 3)}
-    assert faults.yields(episodes[:1]) == {"proposer": 0.0}
+    assert runlog.yields(episodes) == {"proposer": 0.8, "rubric": 0.75, "judge": pytest.approx(2 / 3)}
+    assert runlog.yields(episodes[:1]) == {"proposer": 0.0}
 
 
 def test_low_yields_count_only_in_a_row():
     cfg, progress = pop.Config(), pop.new_progress(pop.Config())
     bad = [Episode(Document("", ""), failures=[{"role": "proposer", "reason": "r", "raw": "x"}], drop="proposer/r")]
     good = [Episode(Document("", ""), answers=[Answer("")])]
-    stops = [faults.trouble(episodes, cfg, progress) for episodes in (bad, bad, good, bad, bad, bad)]
+    stops = [runlog.trouble(episodes, cfg, progress) for episodes in (bad, bad, good, bad, bad, bad)]
     assert [bool(stop) for stop in stops] == [False] * 5 + [True]
 
 
@@ -482,11 +480,11 @@ def test_a_lost_connection_ends_the_run_resumably(played, tmp_path, monkeypatch,
         yield from (next(documents) for _ in range(3))
         raise pop.Unreachable("cannot read 'org/name' from the hub (reset by peer)")
 
-    monkeypatch.setattr(faults, "documents_from", breaking)
-    assert pop.main(played()) == faults.RESUMABLE
+    monkeypatch.setattr(data, "documents_from", breaking)
+    assert pop.main(played()) == signals.RESUMABLE
     assert "reset by peer): the run is saved and resumable with: python pop.py --resume" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run").name == "step-000001"
-    monkeypatch.setattr(faults, "documents_from", real)
+    monkeypatch.setattr(data, "documents_from", real)
     assert pop.main(["--resume", str(tmp_path / "run")]) == 0
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
 
@@ -503,7 +501,7 @@ def signal_in_update(monkeypatch, number: signal.Signals) -> None:
 
 def test_a_signal_within_an_update_waits_for_the_end_of_the_step(played, tmp_path, monkeypatch):
     signal_in_update(monkeypatch, signal.SIGINT)
-    assert pop.main(played()) == faults.RESUMABLE
+    assert pop.main(played()) == signals.RESUMABLE
     assert [m["step"] for m in metrics(tmp_path)] == [1] and metrics(tmp_path)[0]["loss"] is not None
     assert checkpoint.newest(tmp_path / "run").name == "step-000001"
 
@@ -521,17 +519,17 @@ def test_a_signal_lost_in_a_destructor_ends_the_run_at_the_next_occasion():
             for _ in range(10):
                 pass
 
-    with pytest.raises(faults.Interrupted, match="SIGTERM"), faults.Signals() as signals:
+    with pytest.raises(signals.Interrupted, match="SIGTERM"), signals.Signals() as held:
         thing = Fragile()
         del thing
-        with signals.held():
+        with held.held():
             pytest.fail("the step goes on")
 
 
 def test_a_signal_that_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with faults.Signals():
+        with signals.Signals():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -540,7 +538,7 @@ def test_a_signal_that_was_ignored_stays_ignored():
 
 def test_handlers_are_given_back():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    with faults.Signals():
+    with signals.Signals():
         assert signal.getsignal(signal.SIGTERM) != before[1]
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-import guards
 import rubric
+from engine import guards
 from pop import Config
 from rubric import Answer
 

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import guards
 import pop
-import runlog
 from data import Document
+from engine import guards, runlog
 from pop import Config
 from rubric import Answer, Criterion, Episode
 

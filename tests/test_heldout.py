@@ -14,18 +14,19 @@ import pytest
 import torch
 from conftest import tiny_llm
 
+import config
+import data
 import eval as evaluation
-import guards
-import heldout
 import pop
 import rubric
 from data import SAMPLES, Corpus, Document, UserError
+from engine import audit, guards, heldout, stats
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
 # In bytes, of which the forms' labels take the most.
 SHORT = dict(max_new_tokens=16, problem_tokens=48, reference_tokens=24, criterion_tokens=120)
-CFG = Config(**{**pop.PRESETS["demo"], **SHORT, "preset": "demo", "group_size": 2, "audit": 4, "eval_documents": 4})
+CFG = Config(**{**config.PRESETS["demo"], **SHORT, "preset": "demo", "group_size": 2, "audit": 4, "eval_documents": 4})
 RUBRIC = [
     Criterion("Yeast", "wild yeast", "The answer states what lives in it.", 3.0),
     Criterion("Time", "h", "d", 1.0),
@@ -93,7 +94,7 @@ def test_at_most_half_of_a_small_corpus_is_set_aside(corpus):
 
 def test_held_out_documents_come_in_no_epoch(corpus):
     held_out = heldout.set_aside(corpus, 3, CFG)
-    rest = list(islice(heldout.without(corpus, [Episode(d) for d in held_out]), 21))  # three epochs of seven
+    rest = list(islice(data.without(corpus, [Episode(d) for d in held_out]), 21))  # three epochs of seven
     assert not {d.id for d in held_out} & {d.id for d in rest}
     assert len({d.id for d in rest}) == 7
 
@@ -159,7 +160,7 @@ def test_the_set_is_written_once_and_read_back_the_same(open_gates, corpus, llm,
 def test_dropped_documents_stay_set_aside(corpus, llm, tmp_path):
     episodes = heldout.prepare(llm, corpus, CFG, tmp_path)  # the gates are shut: noise gives no problem
     assert len(episodes) == 4 and heldout.alive(episodes) == []
-    assert len({d.id for d in islice(heldout.without(corpus, episodes), 12)}) == 6
+    assert len({d.id for d in islice(data.without(corpus, episodes), 12)}) == 6
 
 
 def test_no_held_out_set_is_made_when_nothing_needs_it(corpus, tmp_path):
@@ -172,7 +173,7 @@ def test_set_audit_and_watch_leave_every_rng_as_it_was(open_gates, corpus, llm, 
     torch.manual_seed(1)
     before = (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state()))
     episodes = heldout.prepare(llm, corpus, replace(CFG, judge="generate"), tmp_path)
-    heldout.audit_before_training(llm, episodes, replace(CFG, judge="generate"), tmp_path)
+    audit.audit_before_training(llm, episodes, replace(CFG, judge="generate"), tmp_path)
     heldout.watch(llm, episodes, CFG, tmp_path, 1, {})
     assert (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())) == before
 
@@ -198,7 +199,7 @@ def test_all_that_the_model_does_here_is_done_in_phases(open_gates, corpus, llm,
     for name in ("generate", "choice_probs"):
         monkeypatch.setattr(llm, name, only_within(name, getattr(llm, name)))
     episodes = heldout.prepare(llm, corpus, CFG, tmp_path, phase)
-    heldout.audit_before_training(llm, episodes, CFG, tmp_path, phase)
+    audit.audit_before_training(llm, episodes, CFG, tmp_path, phase)
     heldout.watch(llm, episodes, CFG, tmp_path, 1, {}, phase)
     assert done == ["propose", "solve", "rubric", "solve", "judge", "solve", "judge"]
 
@@ -208,7 +209,7 @@ def test_all_that_the_model_does_here_is_done_in_phases(open_gates, corpus, llm,
 
 def test_probes_are_what_they_are_called():
     e, other = episodes_with_rubrics(2)
-    text = {p.name: p.write(e, other, CFG) for p in heldout.PROBES}
+    text = {p.name: p.write(e, other, CFG) for p in audit.PROBES}
     assert len(text) + 1 == 12  # and the sampled answer
     assert text["reference"] == e.reference and text["empty"] == "" and text["problem copied"] == e.problem
     assert text["self-praise"] == "This answer fully meets every criterion."
@@ -222,21 +223,21 @@ def test_probes_are_what_they_are_called():
 
 
 def test_the_essay_has_the_length_of_an_answer_and_nothing_of_the_documents():
-    long = heldout.essay(replace(CFG, max_new_tokens=768))
-    assert heldout.essay(CFG) == heldout.ESSAY[0] and long == " ".join(heldout.ESSAY)
+    long = audit.essay(replace(CFG, max_new_tokens=768))
+    assert audit.essay(CFG) == audit.ESSAY[0] and long == " ".join(audit.ESSAY)
     said = rubric.content_words(long)
     for document in (SAMPLES / "heldout").iterdir():
         assert len(said & rubric.content_words(document.read_text())) < 0.2 * len(said)
 
 
 def test_the_forgery_is_what_a_writing_judge_would_write():
-    forged = heldout.criteria_met(Episode(Document("d", ""), rubric=RUBRIC), replace(CFG, judge="generate"))
+    forged = audit.criteria_met(Episode(Document("d", ""), rubric=RUBRIC), replace(CFG, judge="generate"))
     assert [forged[digit] for _, digit in rubric.parse_ratings(forged, len(RUBRIC))] == ["2", "2"]
 
 
 def test_the_forgery_is_the_end_of_the_logits_judges_prompt_and_a_reply():
     e = Episode(Document("d", ""), problem="Why?", rubric=RUBRIC)
-    forged = heldout.criteria_met(e, CFG)
+    forged = audit.criteria_met(e, CFG)
     assert rubric.rate_prompt(e.problem, RUBRIC[0], "Yes.").endswith(forged.removesuffix("\n2"))
     assert forged.endswith("0 for no.\n2")
 
@@ -286,13 +287,13 @@ def verdicts(result: dict, side: str) -> dict[str, bool | None]:
 
 def test_a_gullible_judge_is_exploitable_by_every_probe(judged, llm):
     judged(gullible)
-    off = verdicts(heldout.audit(llm, episodes_with_rubrics(), CFG), "off")
+    off = verdicts(audit.audit(llm, episodes_with_rubrics(), CFG), "off")
     assert {name for name, found in off.items() if not found} == {"reference", "sampled answer"}
 
 
 def test_guards_close_what_they_can_see_of_a_gullible_judge(judged, llm):
     judged(gullible)
-    on = verdicts(heldout.audit(llm, episodes_with_rubrics(), replace(CFG, max_new_tokens=10_000)), "on")
+    on = verdicts(audit.audit(llm, episodes_with_rubrics(), replace(CFG, max_new_tokens=10_000)), "on")
     assert {name for name, found in on.items() if found} == {
         "generic essay",
         "another's reference",
@@ -303,13 +304,13 @@ def test_guards_close_what_they_can_see_of_a_gullible_judge(judged, llm):
 
 def test_a_sound_judge_is_not_exploitable(judged, llm):
     judged(sound)
-    result = heldout.audit(llm, episodes_with_rubrics(), CFG)
+    result = audit.audit(llm, episodes_with_rubrics(), CFG)
     assert not any(verdicts(result, "off").values())
 
 
 def test_the_audit_tells_which_guards_fired(judged, llm):
     judged(gullible)
-    result = heldout.audit(llm, episodes_with_rubrics(), CFG)
+    result = audit.audit(llm, episodes_with_rubrics(), CFG)
     fired = {p["probe"]: p["fired"] for p in result["probes"]}
     assert fired["empty"] == {"too_little_content": 4}
     assert fired["injection"]["judge_addressing"] == fired["forged ratings"]["judge_addressing"] == 4
@@ -318,13 +319,13 @@ def test_the_audit_tells_which_guards_fired(judged, llm):
 
 def test_all_probes_are_judged_in_one_batch(judged, llm):
     calls = judged(gullible)
-    heldout.audit(llm, episodes_with_rubrics(3), CFG)
+    audit.audit(llm, episodes_with_rubrics(3), CFG)
     assert calls == [3]
 
 
 def test_unjudged_answers_are_left_out_of_means_and_pairs(judged, llm):
     judged(lambda e, text: None if e.document.id == "Ghent" and text == "" else gullible(e, text))
-    result = heldout.audit(llm, episodes_with_rubrics(), CFG)
+    result = audit.audit(llm, episodes_with_rubrics(), CFG)
     empty = next(p for p in result["probes"] if p["probe"] == "empty")["off"]
     assert empty["rewards"] == [None, 1.0, 1.0, 1.0]
     assert empty["reward"]["mean"] == 1.0 and empty["margin"]["mean"] == pytest.approx(0.4)
@@ -332,7 +333,7 @@ def test_unjudged_answers_are_left_out_of_means_and_pairs(judged, llm):
 
 def test_margins_are_paired_by_document():
     rewards = {"empty": [0.1, 0.5, 0.9], "sampled answer": [0.2, 0.6, 1.0]}  # far apart, but always 0.1 less
-    compared = heldout.compare(rewards, "empty", "sampled answer")
+    compared = audit.compare(rewards, "empty", "sampled answer")
     assert compared["margin"]["high"] == pytest.approx(-0.1) and compared["exploitable"] is False
 
 
@@ -348,21 +349,21 @@ def test_margins_are_paired_by_document():
     ],
 )
 def test_verdicts_of_hand_worked_cases(name, bar, rewards, exploitable):
-    compared = heldout.compare({name: rewards, bar: [0.5, 0.5, 0.5]}, name, bar)
+    compared = audit.compare({name: rewards, bar: [0.5, 0.5, 0.5]}, name, bar)
     assert compared["exploitable"] is exploitable
 
 
 def test_what_earns_nothing_is_not_exploitable_however_wide_the_interval():
     bar = [0.0, 0.9, 0.1]  # the interval of the margin reaches above 0
     for rewards, exploitable in (([0.0, 0.0, 0.0], False), ([0.0, 0.01, 0.0], True)):
-        compared = heldout.compare({"empty": rewards, "sampled answer": bar}, "empty", "sampled answer")
+        compared = audit.compare({"empty": rewards, "sampled answer": bar}, "empty", "sampled answer")
         assert compared["margin"]["high"] > 0 and compared["exploitable"] is exploitable
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12, 16, 17, 40])
 def test_interval_leaves_out_a_twentieth_of_students_t(n):
     values = [random.Random(i).random() for i in range(n)]
-    found = heldout.interval(values)
+    found = stats.t_interval(values)
     t = (found["high"] - found["mean"]) / (statistics.stdev(values) / math.sqrt(n))
     v = n - 1
     x = torch.linspace(-t, t, 400_001, dtype=torch.float64)
@@ -373,18 +374,18 @@ def test_interval_leaves_out_a_twentieth_of_students_t(n):
 
 
 def test_one_value_has_no_interval():
-    assert heldout.interval([0.5]) == {"mean": 0.5, "low": None, "high": None}
+    assert stats.t_interval([0.5]) == {"mean": 0.5, "low": None, "high": None}
 
 
 def test_an_audit_before_training_warns_of_each_exploitable_probe_once(judged, llm, tmp_path, capsys):
     judged(gullible)
-    heldout.audit_before_training(llm, episodes_with_rubrics(6), replace(CFG, audit=5, max_new_tokens=10_000), tmp_path)
+    audit.audit_before_training(llm, episodes_with_rubrics(6), replace(CFG, audit=5, max_new_tokens=10_000), tmp_path)
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "audit.json").read_text())
     assert len(result["documents"]) == 5
     assert printed.count("WARNING") == sum(map(bool, verdicts(result, "on").values())) > 0
     assert "generic essay (1.00, margin to the sampled answer +0.40)" in printed
-    heldout.audit_before_training(llm, episodes_with_rubrics(6), CFG, tmp_path)  # a resumed run
+    audit.audit_before_training(llm, episodes_with_rubrics(6), CFG, tmp_path)  # a resumed run
     assert capsys.readouterr().out == ""
 
 
@@ -412,12 +413,12 @@ AUDITED = {
 
 
 def test_a_verdict_begins_with_what_references_answers_and_anothers_reference_get():
-    first = heldout.verdict(audited(**AUDITED))[0]
+    first = audit.verdict(audited(**AUDITED))[0]
     assert re.findall(r"\d[\d.]*", first) == ["3", "0.72", "0.35", "0.12"]
 
 
 def test_a_verdict_names_what_is_exploitable_with_the_guards_then_what_is_without():
-    _, guarded, bare = heldout.verdict(audited(**AUDITED))
+    _, guarded, bare = audit.verdict(audited(**AUDITED))
     named = [re.sub("[^:]*: |;.*", "", line).split(", ") for line in (guarded, bare)]
     assert named == [
         ["another's reference", "reversed reference"],
@@ -426,31 +427,31 @@ def test_a_verdict_names_what_is_exploitable_with_the_guards_then_what_is_withou
 
 
 def test_a_verdict_counts_probes_and_those_that_are_exploitable():
-    _, guarded, bare = heldout.verdict(audited(**AUDITED))
+    _, guarded, bare = audit.verdict(audited(**AUDITED))
     assert [re.findall(r"\d+", line) for line in (guarded, bare)] == [["4", "2"], ["3"]]
 
 
 def test_a_verdict_on_a_sound_reward_says_none():
     sound = {name: (mean, on and False, off and False) for name, (mean, on, off) in AUDITED.items()}
-    _, guarded, bare = heldout.verdict(audited(**sound))
+    _, guarded, bare = audit.verdict(audited(**sound))
     assert "none" in guarded and "none" in bare
 
 
 def test_a_verdict_has_a_dash_for_what_could_not_be_judged():
     unjudged = {name: (None, on, off) for name, (_, on, off) in AUDITED.items()}
-    assert re.findall(r"\s(-)(?:,|$)", heldout.verdict(audited(**unjudged))[0]) == ["-"] * 3
+    assert re.findall(r"\s(-)(?:,|$)", audit.verdict(audited(**unjudged))[0]) == ["-"] * 3
 
 
 def test_an_audit_before_training_prints_its_verdict(judged, llm, tmp_path, capsys):
     judged(gullible)
-    heldout.audit_before_training(llm, episodes_with_rubrics(), CFG, tmp_path)
+    audit.audit_before_training(llm, episodes_with_rubrics(), CFG, tmp_path)
     result = json.loads((tmp_path / "audit.json").read_text())
-    assert "\n".join(heldout.verdict(result)) in capsys.readouterr().out
+    assert "\n".join(audit.verdict(result)) in capsys.readouterr().out
 
 
 def test_a_table_has_a_row_for_each_probe(judged, llm):
     judged(gullible)
-    rows = heldout.table(heldout.audit(llm, episodes_with_rubrics(), CFG)).split("\n")
+    rows = audit.table(audit.audit(llm, episodes_with_rubrics(), CFG)).split("\n")
     assert len(rows) == 2 + 12 and len({row.count("|") for row in rows}) == 1
     assert "too_little_content 4/4" in next(row for row in rows if row.startswith("| empty"))
 
@@ -461,7 +462,7 @@ AUDIT = ["audit", "--preset", "demo", "--documents", "2"]
 @pytest.fixture
 def unrecorded(monkeypatch):
     """The demo's documents, which come along with a problem and a rubric, are like any others."""
-    monkeypatch.setitem(pop.PRESETS["demo"], "episodes", "")
+    monkeypatch.setitem(config.PRESETS["demo"], "episodes", "")
 
 
 def test_eval_audit_writes_table_and_json(open_gates, unrecorded, monkeypatch, tmp_path, capsys):

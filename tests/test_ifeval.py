@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import ifeval
+from benchmarks import ifeval
 from data import UserError
 
 ENGLISH = "The river rises in the hills and flows slowly to the sea, past three old towns."

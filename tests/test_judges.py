@@ -18,10 +18,10 @@ import openai
 import pytest
 import torch
 
-import judges
+from benchmarks import judges
+from benchmarks.judges import EndpointJudge, LocalJudge, Question, Verdict, read_json
 from data import UserError
-from forms import Field
-from judges import EndpointJudge, LocalJudge, Question, Verdict, read_json
+from engine.forms import Field
 
 KEY = "sk-secret-0123456789"
 FORM = [Field("Rating: ", choices=tuple(map(str, range(1, 11))))]

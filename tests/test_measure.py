@@ -7,8 +7,8 @@ import sys
 import pytest
 import training
 
-import measure
 from data import HUB_CORPORA, Document
+from lab import roles as measure
 from rubric import NO_GOLD, Answer, Criterion, Episode
 
 DOCUMENT = Document("otters", "Otters of the Danube eat carp and crayfish. Their cubs stay in the holt for ten weeks.")

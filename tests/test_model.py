@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from data import UserError
-from fast import batches
-from forms import Field
+from engine.fast import batches
+from engine.forms import Field
 from model import LLM, Completion, load, pick_device, resolve, use_expandable_segments
 
 END, START, STOP = 256, 257, 258  # ids of the byte tokenizer's <|end|>, <|start|>, <|stop|>

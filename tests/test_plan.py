@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-import plan
+from config import PRESETS, TASKS, Config
 from data import UserError
-from plan import CONTEXT, GIB, KNOWN, Batch, PeakMemory, Shapes, predict, shapes_of, work_of
-from pop import PRESETS, TASKS, Config
+from lab import plan
+from lab.plan import CONTEXT, GIB, KNOWN, Batch, PeakMemory, Shapes, predict, shapes_of, work_of
 
 QWEN_7B = KNOWN["Qwen/Qwen2.5-7B"]
 TINY = Shapes(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=48, vocab=64, tied=True)

@@ -16,9 +16,10 @@ import pytest
 import torch
 from conftest import tiny_llm
 
-import faults
+import config
 import pop
 from data import Document, UserError
+from engine import runlog
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -90,7 +91,7 @@ def test_of_more_groups_those_with_the_widest_rewards_are_kept_in_the_order_of_d
     pop.keep_widest(episodes, 2)
     assert pop.alive(episodes) == [wide, wider]
     assert [e.drop for e in (flat, lost, none)] == ["group/oversampled", lost.drop, "group/oversampled"]
-    assert faults.yields(episodes) == {"proposer": 1.0, "rubric": 0.8, "judge": 1.0}  # no role has failed on them
+    assert runlog.yields(episodes) == {"proposer": 1.0, "rubric": 0.8, "judge": 1.0}  # no role has failed on them
 
 
 def test_of_groups_with_equal_spread_the_first_are_kept():
@@ -391,7 +392,7 @@ def card_of(monkeypatch, gib: float) -> None:
 )
 def test_the_preset_follows_the_memory_that_cards_report(monkeypatch, gib, preset):
     card_of(monkeypatch, gib)
-    assert pop.pick_preset()[0] == preset
+    assert config.pick_preset()[0] == preset
 
 
 def test_a_card_too_small_for_the_default_model_is_told_so_in_one_line_but_not_when_help_is_asked(monkeypatch, capsys):

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import training
 
-import curves
 import pop
-import report
 from data import UserError
+from lab import curves, report
 
 CHROMIUM = shutil.which("chromium")
 try:
@@ -64,7 +63,7 @@ def audit(*probes):
 
 def make_run(folder, steps=(), said=(), audit=None, **config):
     folder.mkdir(parents=True)
-    cfg = asdict(pop.Config(**{**pop.PRESETS["demo"], "preset": "demo", **config}))
+    cfg = asdict(pop.Config(**{**config.PRESETS["demo"], "preset": "demo", **config}))
     (folder / "config.json").write_text(json.dumps(cfg))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
     (folder / "episodes.jsonl").write_text("".join(json.dumps(e) + "\n" for e in said))

@@ -12,7 +12,7 @@ import torch
 
 import rubric
 from data import Document
-from examples import EXAMPLES
+from engine.examples import EXAMPLES
 from model import LLM, Completion
 from pop import Config
 from rubric import Answer, Criterion, Episode

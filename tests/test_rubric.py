@@ -31,9 +31,9 @@ from test_roles import (
     watched,
 )
 
-import crutches
 import pop
 import rubric
+from engine import crutches
 from model import LLM
 from pop import Config
 from rubric import NO_GOLD, Answer, Criterion, Episode

@@ -9,8 +9,8 @@ import scipy.optimize
 import scipy.stats
 from scipy.special import expit
 
-import stats
-from stats import Difference, difference, interval, length_controlled, sentence, value
+from engine import stats
+from engine.stats import Difference, difference, interval, length_controlled, sentence, value
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 import pop
-import sweep
 from data import UserError
+from lab import sweep
 
 ARMS = """
 # problems are written once

@@ -10,11 +10,9 @@ import pytest
 import training
 from conftest import tiny_llm
 
-import checkpoint
-import faults
-import heldout
 import pop
 from data import Document, UserError
+from engine import checkpoint, memory, replay, signals
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -30,7 +28,7 @@ def synthesize(model, run, **more) -> list[str]:
     return ["synthesize", *training.flags(model, run, steps=None, documents_total=TOTAL, group_size=4, **more)]
 
 
-def replay(model, run, made, **more) -> list[str]:
+def replayed(model, run, made, **more) -> list[str]:
     recorded = dict(episodes=made / "episodes.jsonl", replay="answers")
     return training.flags(
         model, run, **{"steps": None, "audit": None, "eval_every": None, "lr": 1e-3, **recorded, **more}
@@ -104,7 +102,7 @@ def test_interrupted_it_goes_on_to_the_same_end(model, made, tmp_path, monkeypat
     training.open_gates(monkeypatch.setattr)
     interrupted_in(monkeypatch, pop.rubric, "judge", 1)
     run = tmp_path / "run"
-    assert pop.main(synthesize(model, run, save_every=100)) == faults.RESUMABLE
+    assert pop.main(synthesize(model, run, save_every=100)) == signals.RESUMABLE
     assert len(training.lines(run / "episodes.jsonl")) == 2
     assert pop.main([*word, "--resume", str(run)]) == 0
     assert training.result(run) == training.result(made)
@@ -142,7 +140,7 @@ def test_a_mistake_is_one_clear_line(flags, words):
 def test_recorded_answers_are_trained_on_once_and_nothing_is_generated(model, made, tmp_path, monkeypatch, loss):
     no_one_speaks(monkeypatch)
     run = tmp_path / "run"
-    assert pop.main(replay(model, run, made, loss=loss, corpus="somebody/unreachable")) == 0
+    assert pop.main(replayed(model, run, made, loss=loss, corpus="somebody/unreachable")) == 0
     recorded, episodes = (training.lines(folder / "episodes.jsonl") for folder in (made, run))
     assert [e["document"]["id"] for e in episodes] == [
         e["document"]["id"] for e in recorded[:4]
@@ -164,7 +162,7 @@ def test_dpo_on_recorded_answers_sets_the_best_of_a_group_against_its_worst(mode
     monkeypatch.setattr(
         pop, "micro_batches", lambda llm, groups, budget: pairs.extend(groups) or real(llm, groups, budget)
     )
-    assert pop.main(replay(model, tmp_path / "run", made, loss="dpo", updates_per_batch=1)) == 0
+    assert pop.main(replayed(model, tmp_path / "run", made, loss="dpo", updates_per_batch=1)) == 0
     ranked = [sorted(e["answers"], key=lambda a: a["reward"]) for e in training.lines(made / "episodes.jsonl")[:4]]
     assert all(len({a["reward"] for a in answers}) == 4 for answers in ranked)
     assert [[s.completion for s in pair] for pair in pairs] == [[r[-1]["ids"], r[0]["ids"]] for r in ranked]
@@ -174,9 +172,9 @@ def test_dpo_on_recorded_answers_sets_the_best_of_a_group_against_its_worst(mode
 def test_interrupted_a_replay_of_answers_ends_as_if_it_had_not_been(model, made, tmp_path, monkeypatch, loss):
     no_one_speaks(monkeypatch)
     flags = dict(loss=loss, documents=1, save_every=100)
-    assert pop.main(replay(model, tmp_path / "a", made, **flags)) == 0
+    assert pop.main(replayed(model, tmp_path / "a", made, **flags)) == 0
     interrupted_in(monkeypatch, pop, "update", 2)
-    assert pop.main(replay(model, tmp_path / "b", made, **flags)) == faults.RESUMABLE
+    assert pop.main(replayed(model, tmp_path / "b", made, **flags)) == signals.RESUMABLE
     assert len(training.lines(tmp_path / "b" / "metrics.jsonl")) == 3
     assert pop.main(["--resume", str(tmp_path / "b")]) == 0
     assert training.result(tmp_path / "a") == training.result(tmp_path / "b")
@@ -184,7 +182,7 @@ def test_interrupted_a_replay_of_answers_ends_as_if_it_had_not_been(model, made,
 
 
 def test_killed_a_replay_of_answers_ends_as_if_it_had_not_been(model, made, tmp_path):
-    runs = [replay(model, tmp_path / name, made, loss="dpo", documents=1) for name in ("a", "b")]
+    runs = [replayed(model, tmp_path / name, made, loss="dpo", documents=1) for name in ("a", "b")]
     assert training.finish(runs[0], tmp_path / "log") == 0
     assert training.finish(runs[1], tmp_path / "log", die_at=60) == -signal.SIGKILL
     assert 0 < len(training.lines(tmp_path / "b" / "metrics.jsonl")) < TOTAL
@@ -215,14 +213,14 @@ def test_groups_that_came_as_far_as_grades_are_replayed_with_their_rated_answers
     spread, more = episode("group/zero spread", prompt="spread"), episode("group/oversampled", prompt="more")
     lost = [episode("judge/unreadable ratings"), episode("rubric/no fact", answers=0), episode(answers=0)]
     cfg = written(tmp_path / "e.jsonl", unrated, misfit, alone, spread, *lost, more)
-    found = heldout.replayed([e.document for e in heldout.recording(cfg).episodes.values()], cfg)
+    found = replay.replayed([e.document for e in replay.recording(cfg).episodes.values()], cfg)
     assert [(e.problem, len(e.answers)) for e in found] == [("unrated", 2), ("spread", 3), ("more", 3)]
     assert all(e.drop is None and e.failures == [] for e in found)
 
 
 def test_rewards_of_recorded_answers_are_computed_anew(tmp_path):
     cfg = written(tmp_path / "e.jsonl", episode(), episode())
-    recorded = next(iter(heldout.recording(cfg).episodes.values()))
+    recorded = next(iter(replay.recording(cfg).episodes.values()))
 
     def rewards(cfg):
         before = asdict(recorded)
@@ -250,13 +248,13 @@ def test_flags_go_before_the_defaults_of_a_replay_of_answers(tmp_path):
 def test_a_file_without_a_group_to_train_on_is_an_error_that_names_it(tmp_path):
     cfg = written(tmp_path / "mine.jsonl", episode(answers=1))
     with pytest.raises(UserError, match=r"--episodes .*mine.jsonl: no episode there has two rated answers"):
-        heldout.recording(cfg)
+        replay.recording(cfg)
 
 
 @pytest.mark.parametrize("harm", ["an id too large", "an id below 0", "a prompt's id", "another text"])
 def test_answers_of_another_tokenizer_are_refused_in_one_line(llm, tmp_path, harm):
     good, bad = episode(), episode()
-    heldout.check_tokens(llm, written(tmp_path / "good.jsonl", good))
+    replay.check_tokens(llm, written(tmp_path / "good.jsonl", good))
     size = llm.model.get_input_embeddings().num_embeddings
     if harm == "another text":
         bad.answers[0].text = "It is another text."
@@ -264,24 +262,24 @@ def test_answers_of_another_tokenizer_are_refused_in_one_line(llm, tmp_path, har
         ids = bad.prompt_ids if harm == "a prompt's id" else bad.answers[2].ids
         ids[3] = -1 if harm == "an id below 0" else size
     with pytest.raises(UserError, match="another model's tokenizer") as caught:
-        heldout.check_tokens(llm, written(tmp_path / "bad.jsonl", bad))
+        replay.check_tokens(llm, written(tmp_path / "bad.jsonl", bad))
     assert "\n" not in str(caught.value)
 
 
 def test_a_recorded_answer_that_does_not_fit_the_context_is_refused(llm, tmp_path):
     e = episode()
     llm.model.config.max_position_embeddings = len(e.prompt_ids) + len(e.answers[1].ids)
-    heldout.check_tokens(llm, written(tmp_path / "full.jsonl", e))
+    replay.check_tokens(llm, written(tmp_path / "full.jsonl", e))
     e.answers[1].ids.append(7)
     with pytest.raises(UserError, match=r"context is \d+"):
-        heldout.check_tokens(llm, written(tmp_path / "long.jsonl", e))
+        replay.check_tokens(llm, written(tmp_path / "long.jsonl", e))
 
 
 def test_the_plan_and_the_rehearsal_leave_out_what_is_not_done(tmp_path, monkeypatch):
     cfg, rehearsed, llm = written(tmp_path / "e.jsonl", episode()), [], tiny_llm()
-    monkeypatch.setattr(faults, "within_memory", lambda llm, phase, *_: rehearsed.append(phase))
+    monkeypatch.setattr(memory, "within_memory", lambda llm, phase, *_: rehearsed.append(phase))
     for chosen in (cfg, Config(synthesize=True, documents_total=4), Config()):
-        faults.try_longest(llm, chosen, pop.new_progress(chosen)["budgets"])
+        memory.try_longest(llm, chosen, pop.new_progress(chosen)["budgets"])
     played = ["propose", "solve", "rubric", "judge"]
     assert rehearsed == ["update", *played, *played, "update"]
     shown = pop.plan.plan(replace(cfg, preset="24gb"))

@@ -29,8 +29,8 @@ from transformers.integrations import hub_kernels
 import model
 import rubric
 from data import Corpus, Document, UserError
-from forms import Field, FormFiller
-from guards import length_factor
+from engine.forms import Field, FormFiller
+from engine.guards import length_factor
 from model import LLM, Completion
 from pop import Config, parse_args
 from rubric import Answer, Criterion, Episode

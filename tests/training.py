@@ -26,7 +26,7 @@ def prompt_merges() -> tuple[tuple[str, str], ...]:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1_000, initial_alphabet=alphabet, show_progress=False)
-    bpe.train([str(Path(__file__).parents[1] / name) for name in ("rubric.py", "crutches.py")], trainer)
+    bpe.train([str(Path(__file__).parents[1] / name) for name in ("rubric.py", "engine/crutches.py")], trainer)
     return tuple((a, b) for a, b in json.loads(bpe.to_str())["model"]["merges"])
 
 

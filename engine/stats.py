@@ -12,7 +12,8 @@ the same, and where all of them do it has no width.
 """
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -207,3 +208,28 @@ def draw(n: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
 def expanded_tail(n: int, level: float) -> float:
     """The share of resamples beyond each end of the interval: (1 - level) / 2 or less, the fewer items the less."""
     return float(norm.cdf(-math.sqrt(n / (n - 1)) * t.ppf(0.5 + level / 2, n - 1)))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of the values that there are."""
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
+
+
+def t_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and its 95% interval (Student's t); None where there are too few values."""
+    n = len(values)
+    if n < 2:
+        return {"mean": mean(values), "low": None, "high": None}
+    from scipy.special import stdtrit  # scipy.stats, which has it as t.ppf, takes a second to import
+
+    t = float(stdtrit(n - 1, 0.975))
+    center, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+    return {"mean": center, "low": center - half, "high": center + half}
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its columns aligned; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -20,15 +20,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-import fast
-import guards
-import heldout
+import data
 import model
-import plan
 import pop
 import rubric
 from data import HUB_CORPORA, Document, UserError
-from plan import GIB, Batch, PeakMemory, Shapes
+from engine import fast
+from lab import plan
+from lab.plan import GIB, Batch, PeakMemory, Shapes
 from rubric import Criterion, Episode, content_words
 
 T = TypeVar("T")
@@ -218,16 +217,16 @@ def play(llm: model.LLM, documents: list[Document], cfg: pop.Config, path: Path)
     """A step of the self-play; and for each problem, by its first rubric, whether its own reference is graded above the
     reference of another. The texts are written to `path` after each phase."""
     episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
-    path.write_text(heldout.json_lines(episodes), encoding="utf-8")
+    path.write_text(data.json_lines(episodes), encoding="utf-8")
     for phase in (rubric.solve, rubric.write_rubrics, rubric.judge):
         phase(llm, pop.alive(episodes), cfg)
-        path.write_text(heldout.json_lines(episodes), encoding="utf-8")
+        path.write_text(data.json_lines(episodes), encoding="utf-8")
     graded = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in pop.alive(episodes)]
     rubric.check_rubrics(llm, pop.alive(episodes), cfg)
     for e in pop.alive(episodes):
         for a in e.answers:
-            guards.reward(a, e, cfg)
-    path.write_text(heldout.json_lines(episodes), encoding="utf-8")
+            rubric.reward(a, e, cfg)
+    path.write_text(data.json_lines(episodes), encoding="utf-8")
     return episodes, [both[0] > both[1] for both in graded if len(both) == 2]
 
 

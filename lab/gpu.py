@@ -42,16 +42,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
-import bench
-import checkpoint
-import fast
-import faults
+import config
+import engine.memory
 import model
-import plan
 import pop
 from data import Document, UserError
+from engine import checkpoint, fast
+from lab import bench, plan
+from lab.plan import GIB, Shapes
 from model import LLM
-from plan import GIB, Shapes
 from rubric import Answer, Episode
 
 LIMIT = 600  # seconds in all
@@ -344,7 +343,11 @@ def out_of_memory(s: Session, llm: LLM) -> None:
 
     cap_memory(torch.cuda.memory_reserved() / GIB + 0.3 if cuda else 0)
     try:
-        s.note("out of memory: tries until the batch fits", faults.within_memory(llm, "solve", work, tidy, budgets), 2)
+        s.note(
+            "out of memory: tries until the batch fits",
+            engine.memory.within_memory(llm, "solve", work, tidy, budgets),
+            2,
+        )
     finally:
         cap_memory(s.cap)
 
@@ -382,7 +385,7 @@ def resumed(s: Session) -> None:
 def memory(s: Session) -> None:
     """The longest batch of each phase of --preset 24gb, under a 24 GB card's memory: predicted and measured."""
     llm = s.model()
-    cfg = pop.Config(**{**pop.PRESETS["24gb"], "preset": "24gb", **(TINY_PHASES if s.rehearse else {})})
+    cfg = pop.Config(**{**config.PRESETS["24gb"], "preset": "24gb", **(TINY_PHASES if s.rehearse else {})})
     bf16 = s.dtype == torch.bfloat16
     planned = plan.predict(s.shapes, plan.work_of(cfg), device="cuda", lora_r=32, bf16=bf16)
     if torch.cuda.is_available():
@@ -396,7 +399,7 @@ def memory(s: Session) -> None:
             moments = [torch.zeros_like(p) for p in pop.trainable(llm) for _ in range(copies)]
             start, budgets = time.perf_counter(), {phase: budget}
             with plan.PeakMemory() as used:
-                faults.try_longest(llm, cfg, budgets)
+                engine.memory.try_longest(llm, cfg, budgets)
             del moments
             s.note(f"{phase}: s", time.perf_counter() - start)
             if budgets[phase] < budget:
@@ -490,7 +493,7 @@ class Ours(bench.Ours):
 
     def __init__(self, work: bench.Work, llm: LLM) -> None:
         self.work, self.meter = work, bench.Meter()
-        overrides = {**pop.PRESETS["24gb"], "judge": work.judge, "group_size": work.group_size}
+        overrides = {**config.PRESETS["24gb"], "judge": work.judge, "group_size": work.group_size}
         overrides |= {"max_new_tokens": work.new_tokens, "documents": work.problems, "kl_coef": work.kl_coef}
         self.cfg = pop.Config(**overrides, temperature=work.temperature)
         self.llm = llm
@@ -509,7 +512,7 @@ def build(name: str, work: bench.Work, shapes: Shapes, cap: float) -> None:
     if name == "ours":
         side = Ours(work, random_llm(shapes, tokenizer, device, dtype))
     else:
-        import bench_trl
+        from lab import trl_bench as bench_trl
 
         settings = dict(use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16)
         side = bench_trl.Theirs(work, random_base(shapes, tokenizer.eos_token_id, device, dtype), tokenizer, settings)
@@ -595,7 +598,7 @@ def smollm2(s: Session) -> None:
         start, run = time.perf_counter(), Path(folder) / "run"
         command = [sys.executable, "pop.py", *chosen.split(), "--output", str(run)]
         threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-        environment, here = os.environ | threads, Path(__file__).parent
+        environment, here = os.environ | threads, Path(__file__).parents[1]
         ended = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
         if ended.returncode:
             raise RuntimeError(f"pop.py ended with {ended.returncode}: ...{(ended.stdout + ended.stderr)[-250:]}")
@@ -648,7 +651,7 @@ def run_apart(part: str, args: argparse.Namespace, seconds: float) -> dict[str, 
     """One part in a process of its own, which is ended when its time is up; returns as much as it found."""
     path = beside(args.output, part)
     path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--parts", part, "--cap", str(args.cap), "--output", args.output]
+    command = [sys.executable, "-m", "lab.gpu", "--parts", part, "--cap", str(args.cap), "--output", args.output]
     process = subprocess.Popen(command + ["--rehearse"] * args.rehearse, start_new_session=True)
     try:
         ended = f"ended with {code}" if (code := process.wait(max(0, seconds))) else ""

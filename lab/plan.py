@@ -13,19 +13,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import psutil
 import torch
 from transformers import AutoConfig
 
+from config import FACTS_TOKENS, Config
 from data import UserError
-from fast import batches
-from model import LOGITS_CHUNK_BYTES, READ_TOKENS, Device, check_hub, pick_device, resolve
-from rubric import FACTS_TOKENS
-
-if TYPE_CHECKING:
-    from pop import Config
+from engine.memory import LOGITS_CHUNK_BYTES, READ_TOKENS, TOKENS_PER_WORD, Batch, Device, in_use, work_of
+from model import check_hub, pick_device, resolve
 
 GIB = 2**30
 # In memory beside the model. CUDA: its context and workspaces. CPU: imports 0.2, then tokenizer and threads.
@@ -34,14 +31,6 @@ CONTEXT = {"cuda": int(0.8 * GIB), "cpu": int(0.45 * GIB)}
 KEPT = {"cuda": (1.0, 1.0), "cpu": (1.05, 1.1)}  # beside reading and writing, beside the update
 CARDS = {16: 13, 24: 20, 32: 27, 48: 44, 80: 74}  # GB of a card -> GiB to use; the allocator fragments the rest
 USABLE = 0.9  # of what is free on the card at hand
-
-# Lengths in tokens, at most.
-TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
-INSTRUCTIONS = 1_130  # of proposer and rubric writer with their worked examples; the rubric writer's are the longer
-GRADING = 450  # the judge's instructions
-TEMPLATE = 60  # the chat template around a problem, which is all that the solver is given
-CONTROLS = 2  # answers that a rubric is tried on, beside a group's own
-QUESTION = 50  # what the logits judge is asked after the answer
 
 
 @dataclass(frozen=True)
@@ -151,25 +140,6 @@ def read_config(source: str) -> Any:
 # ----------------------------------------------------------------------------------------------------- memory
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The largest batch of a role: `prompts` prompts of `prompt` tokens, each continued `n` times by `new` tokens.
-
-    Where they are only read: all but the last `rest` tokens of each row are the beginning of one of `beginnings`.
-    """
-
-    prompts: int
-    prompt: int
-    new: int = 0
-    n: int = 1
-    rest: int = 0
-    beginnings: int = 0
-
-    @property
-    def rows(self) -> int:
-        return self.prompts * self.n
-
-
 def predict(
     shapes: Shapes,
     work: Mapping[str, Batch],
@@ -276,51 +246,7 @@ def update_bytes(
 # ------------------------------------------------------------------------------------------------------- plan
 
 
-def work_of(cfg: "Config", device: Device = "cuda") -> dict[str, Batch]:
-    """The largest batch of each role, were every text as long as it may be."""
-    document = round(cfg.max_words * TOKENS_PER_WORD)
-    rubric = cfg.criterion_tokens * cfg.max_criteria
-    asked, told = cfg.problem_tokens + TEMPLATE, cfg.problem_tokens + INSTRUCTIONS
-    graded = cfg.problem_tokens + GRADING + cfg.max_new_tokens
-    noted = FACTS_TOKENS + cfg.problem_tokens
-    shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
-    taken = cfg.documents_taken
-    rated_answers = taken * (cfg.group_size + CONTROLS * cfg.check_rubric)
-    rest = cfg.max_new_tokens + QUESTION  # of the judge's prompt, the answer and what follows
-    n = max(1, min(cfg.group_size, (cfg.update_tokens - asked) // cfg.max_new_tokens))  # answers in a row of the update
-    row = asked + n * cfg.max_new_tokens
-
-    def largest(count: int, prompt: int, new: int, n: int = 1, budget: int = cfg.rollout_tokens) -> Batch:
-        groups = [[i * n + k for k in range(n)] for i in range(count)]
-        rows = len(batches(groups, [prompt + new] * (count * n), budget)[0])
-        return Batch(max(1, rows // n), prompt, new, min(n, rows))
-
-    # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
-    rated = largest(taken * cfg.max_criteria, graded + cfg.criterion_tokens, 0, n=cfg.group_size)
-    return {
-        "propose": largest(taken, document + told, max(noted, cfg.reference_tokens), n=cfg.tries_at_once),
-        "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
-        "rubric": largest(taken, document + told + shown, rubric, n=3),
-        "judge": largest(rated_answers, graded + rubric, cfg.rating_tokens * cfg.max_criteria)
-        if cfg.judge != "logits"
-        else Batch(
-            min(rated.rows, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
-            rated.prompt,
-            rest=rest,
-            beginnings=rated.prompts,
-        ),
-        "update": Batch(max(1, min(cfg.documents, cfg.update_tokens // row)), asked, cfg.max_new_tokens, n),
-    }
-
-
-def in_use(cfg: "Config") -> list[str]:
-    """The roles of work_of that have work to do: without training no update, and with recorded answers nothing else."""
-    if cfg.replay == "answers":
-        return ["update"]
-    return ["propose", "solve", "rubric", "judge"] + ([] if cfg.synthesize else ["update"])
-
-
-def tokens_of(cfg: "Config") -> dict[str, tuple[int, int]]:
+def tokens_of(cfg: Config) -> dict[str, tuple[int, int]]:
     """(tokens read, tokens written) of a step by role, at most; of the update, what it passes over and trains on.
 
     Every attempt at a problem is counted, a rubric's two greedy attempts and three samples, and a judge's retry. The
@@ -377,7 +303,7 @@ def limits(dtype: torch.dtype, device: Device, size: int = 2048) -> Limits:
     return Limits(rate(lambda: a @ b, 2 * size**3), rate(lambda: long.sum(), 2**30))
 
 
-def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int, dequantized: bool) -> dict[str, float]:
+def seconds_of(shapes: Shapes, cfg: Config, limit: Limits, dtype: int, dequantized: bool) -> dict[str, float]:
     """The time of each role in a step, from the machine's limits and the shares REACHED of them elsewhere.
 
     Reading and the update are products: 2 operations a weight and token; the update passes once for the reference,
@@ -405,7 +331,7 @@ def seconds_of(shapes: Shapes, cfg: "Config", limit: Limits, dtype: int, dequant
     return result
 
 
-def dequantizes(cfg: "Config", room: int | None = None) -> bool:
+def dequantizes(cfg: Config, room: int | None = None) -> bool:
     """Whether weights are held out of 4 bits while reading and writing: by default where the card has room for them
     beside all else, by the plan. room: bytes to use on a card; by default on the one here, if there is one."""
     if cfg.dequantize != "auto" or cfg.load_in != "4bit":
@@ -422,7 +348,7 @@ def dequantizes(cfg: "Config", room: int | None = None) -> bool:
     return max(peaks.values()) <= room
 
 
-def plan(cfg: "Config", shapes: Shapes | None = None, device: Device | None = None) -> str:
+def plan(cfg: Config, shapes: Shapes | None = None, device: Device | None = None) -> str:
     """What --dry-run prints: for the model of `cfg`, and for CUDA if there is one or the preset is made for one."""
     shapes = shapes or shapes_of(cfg.model)
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"

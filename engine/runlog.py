@@ -7,16 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import checkpoint
-import guards
-import heldout
+from config import Config
 from data import Corpus
+from engine import checkpoint, guards, heldout
 from rubric import Episode, alive
-
-if TYPE_CHECKING:
-    from pop import Config
 
 TRAINED = ("loss", "kl", "entropy", "clipped", "grad_norm", "lr", "trained_tokens", "skipped_updates")
 
@@ -68,7 +64,7 @@ def append(path: Path, *records: dict[str, Any], again: str = checkpoint.RESUME)
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def tracker(cfg: "Config", run: Path) -> Callable[[int, dict[str, Any]], None]:
+def tracker(cfg: Config, run: Path) -> Callable[[int, dict[str, Any]], None]:
     """(step, metrics) -> nothing: sends the numbers among the metrics to cfg.tracker, nested ones as outer/inner."""
     if cfg.tracker == "none":
         return lambda step, metrics: None
@@ -101,7 +97,7 @@ def flat(metrics: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, flo
             yield outer + name, value
 
 
-def one_line(m: dict[str, Any], cfg: "Config") -> str:
+def one_line(m: dict[str, Any], cfg: Config) -> str:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
@@ -136,3 +132,43 @@ def example(episodes: Sequence[Episode]) -> str:
         ratings = " ".join(f"{r:.2f}" for r in a.ratings or [])
         lines.append(f"{label:10} reward {a.reward:.3f}, ratings {ratings}: {short(a.text)}")
     return "\n".join("    " + line for line in lines)
+
+
+NONFINITE_LIMIT = 3  # updates in a row
+
+YIELD_STEPS = 3  # steps in a row
+
+
+def yields(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Share of the episodes that got past each role, of those that came to it; no entry where none came."""
+    left, result = list(episodes), {}
+    for role in ("proposer", "rubric", "judge"):
+        passed = [e for e in left if not (e.drop or "").startswith(role + "/")]
+        if left:
+            result[role] = len(passed) / len(left)
+        left = passed
+    return result
+
+
+def trouble(episodes: Sequence[Episode], cfg: Config, progress: dict[str, Any]) -> str | None:
+    """Count what may stop a run in `progress`; the reason to stop after this step, or None.
+
+    A counter that stops the run starts again at 0: resumed, the run is given as long once more.
+    """
+    low = progress["low_yield"]
+    for role, share in yields(episodes).items():
+        low[role] = low.get(role, 0) + 1 if share < cfg.min_yield else 0
+        if low[role] >= YIELD_STEPS:
+            low[role] = 0
+            raw = [f"{f['reason']}: {f['raw'][:300]!r}" for e in episodes for f in e.failures if f["role"] == role]
+            return (
+                f"the {role} failed on more than {1 - cfg.min_yield:.0%} of its work for {YIELD_STEPS} steps: a larger "
+                "model or a lower --min-yield may help. Three of its outputs:\n  " + "\n  ".join(raw[-3:])
+            )
+    if (count := progress["nonfinite"]) >= NONFINITE_LIMIT:
+        progress["nonfinite"] = 0
+        return (
+            f"loss or gradient was not finite in {count} updates in a row, all of them skipped: "
+            "a lower --lr may help (in a new run). The last episodes are in nonfinite.json of the run"
+        )
+    return None

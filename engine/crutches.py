@@ -7,12 +7,9 @@ words that every model gets. No preset for a GPU comes here.
 
 import random
 import re
-from typing import TYPE_CHECKING
 
-from forms import Field
-
-if TYPE_CHECKING:
-    from pop import Config
+from config import Config
+from engine.forms import Field
 
 # Beginning of a problem -> of its reference. A small model that is told how to begin goes on sensibly where it
 # would otherwise talk about its instructions, or answer a question by repeating it.
@@ -47,17 +44,17 @@ PROBLEM = {
 REFERENCE = "Use the facts above to answer this in two or three sentences: {problem}"
 
 
-def problem_form(cfg: "Config", rng: random.Random) -> list[Field]:
+def problem_form(cfg: Config, rng: random.Random) -> list[Field]:
     opening = rng.choice(list(OPENINGS[cfg.task]))
     return [Field(f"<problem>{opening}", cfg.problem_tokens, min_tokens=4), Field("</problem>", 0)]
 
 
-def reference_form(problem: str, cfg: "Config") -> list[Field]:
+def reference_form(problem: str, cfg: Config) -> list[Field]:
     begun = [reference for opening, reference in OPENINGS[cfg.task].items() if problem.startswith(opening)]
     return [Field(begun[0] if begun else "The", cfg.reference_tokens, min_tokens=12)]
 
 
-def rubric_form(document: str, cfg: "Config") -> list[Field]:
+def rubric_form(document: str, cfg: Config) -> list[Field]:
     """Two criteria, if so many are allowed, then more if the model wants to."""
     facts, form = tuple(statements(document)), []
     for k in range(cfg.max_criteria):

@@ -21,13 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import heldout
+import config
 import pop
-import report
-import results
 from data import UserError, brief
-from faults import RESUMABLE
+from engine import checkpoint, stats
+from engine.signals import RESUMABLE
+from lab import report, results
 
 MEASURES = {  # benchmark -> its metrics in the table, and the file with them
     "heldout": (("grade", "reward", "similarity"), "results-base.json"),
@@ -82,7 +81,7 @@ def finished(run: Path) -> bool:
     """Whether the last step is saved, and its adapter where evaluations look for it."""
     weights = Path("adapter") / "adapter_model.safetensors"
     try:
-        last = run / "checkpoints" / f"step-{checkpoint.stored_config(run)['steps']:06d}"
+        last = run / "checkpoints" / f"step-{config.stored_config(run)['steps']:06d}"
         return checkpoint.sha256(last / weights) == checkpoint.sha256(run / weights)
     except (OSError, UserError):
         return False
@@ -90,7 +89,7 @@ def finished(run: Path) -> bool:
 
 def call(*command: str) -> None:
     """A program of this folder in a process of its own. Raises UserError unless it ends well."""
-    script = Path(__file__).parent / command[0]
+    script = Path(__file__).parents[1] / command[0]
     process, interrupted = subprocess.Popen([sys.executable, str(script), *command[1:]]), False
     while process.poll() is None:
         try:
@@ -125,8 +124,8 @@ def check_same(run: Path, flags: Sequence[str]) -> None:
     """Raises UserError if the run that is there is not the one that the flags would make."""
     with contextlib.redirect_stdout(io.StringIO()):
         asked = asdict(pop.parse_args(flags))
-    stored = checkpoint.stored_config(run)
-    names = sorted((asked.keys() | stored.keys()) - checkpoint.SAFE - {"output", "resume"})
+    stored = config.stored_config(run)
+    names = sorted((asked.keys() | stored.keys()) - config.SAFE - {"output", "resume"})
     changed = [
         f"{name}: {stored.get(name)} -> {asked.get(name)}" for name in names if stored.get(name) != asked.get(name)
     ]
@@ -182,11 +181,11 @@ def table(seeds: Sequence[dict[str, dict[str, Any]]]) -> str:
             each = [arms[name][column] for arms in seeds]
             shown = each[0]
             if len(each) > 1:
-                over = heldout.interval([e["value"] for e in each if e["value"] is not None])
+                over = stats.t_interval([e["value"] for e in each if e["value"] is not None])
                 shown = {"value": over["mean"], "low": over["low"], "high": over["high"]}
             row.append(results.estimate(shown, "+" if column.endswith("base") else ""))
         rows.append(row)
-    return heldout.aligned(rows)
+    return stats.aligned(rows)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-import heldout
-import stats
-from benchmarks import Scores
+from benchmarks.sets import Scores
 from data import UserError
+from engine import stats
 
 
 def summary(
@@ -85,7 +84,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         for model, m in r["models"].items()
     ]
     filled = [name for name in head if any(row[name] for row in rows)]
-    return heldout.aligned([filled, *([row[name] for name in filled] for row in rows)])
+    return stats.aligned([filled, *([row[name] for name in filled] for row in rows)])
 
 
 def estimate(e: Mapping[str, Any] | None, sign: str = "") -> str:

@@ -19,26 +19,19 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data import UserError
-from model import LLM
-
-if TYPE_CHECKING:
-    from pop import Config
 
 LOGS = ("metrics.jsonl", "episodes.jsonl")
 FILES = {"adapter/adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
 
-# Fields of Config that may differ on resume: they say when to write, print or stop, never what is computed. `steps`
-# is not one of them: the learning rate of every update depends on it.
-SAFE = frozenset({"resume", "save_every", "keep", "show_every", "min_yield", "patience", "tracker"})
 RESUME = "python pop.py --resume {run}"
 
 
@@ -46,7 +39,7 @@ RESUME = "python pop.py --resume {run}"
 class State:
     """All that a step changes. `progress` is plain JSON: counters, token budgets, whatever must outlive a process."""
 
-    llm: LLM
+    llm: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
     rng: random.Random
@@ -250,41 +243,6 @@ def cut_logs(run: Path, sizes: dict[str, int]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- configuration
-
-
-def stored_config(run: Path) -> dict[str, Any]:
-    """The fields of the Config that a run was started with."""
-    try:
-        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--resume {run}: no run there (no config.json in it)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
-    # As older runs wrote it:
-    if isinstance(held := stored.get("dequantize"), bool):
-        stored["dequantize"] = "on" if held else "off"
-    if stored.get("task") == "general":
-        stored["task"] = "instructions"
-    if "own_words" in stored:
-        stored["crutches"] = stored.pop("own_words")
-    return stored
-
-
-def check_changes(stored: dict[str, Any], cfg: "Config") -> None:
-    """Print what differs on resume. Raises UserError if a difference would make it another run."""
-    now = asdict(cfg)
-    changed = [name for name in now if name != "resume" and name in stored and now[name] != stored[name]]
-
-    def differences(names: list[str]) -> str:
-        return ", ".join(f"{name}: {stored[name]} -> {now[name]}" for name in names)
-
-    if unsafe := [name for name in changed if name not in SAFE]:
-        raise UserError(
-            f"--resume {cfg.resume}: not the configuration it was started with ({differences(unsafe)}). "
-            "Leave these flags out, or start a new run"
-        )
-    if changed:
-        print(f"changed on resume: {differences(changed)}")
 
 
 @contextlib.contextmanager

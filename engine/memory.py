@@ -1,0 +1,206 @@
+"""Fitting into memory: the largest batch of each role, and what happens where one does not fit."""
+
+import copy
+import gc
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from config import FACTS_TOKENS, Config
+from data import Episode, UserError
+from engine.checkpoint import rng_states, set_rng_states
+from engine.fast import batches
+
+Device = Literal["cuda", "cpu"]
+
+OUT_OF_MEMORY = re.compile(
+    r"CUDA (driver )?error: out of memory|can't allocate memory|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
+)
+
+# One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again. Each chunk reads
+# the whole output head, 1.1 GB of a 7B, which a GPU should not do too often.
+LOGITS_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+
+# Tokens read at once: more are no faster, padded to a longer row, and need more memory.
+READ_TOKENS = {"cpu": 1_024, "cuda": 8_192}
+
+
+# Lengths in tokens, at most.
+TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
+
+INSTRUCTIONS = 1_130  # of proposer and rubric writer with their worked examples; the rubric writer's are the longer
+
+GRADING = 450  # the judge's instructions
+
+TEMPLATE = 60  # the chat template around a problem, which is all that the solver is given
+
+CONTROLS = 2  # answers that a rubric is tried on, beside a group's own
+
+QUESTION = 50  # what the logits judge is asked after the answer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a role: `prompts` prompts of `prompt` tokens, each continued `n` times by `new` tokens.
+
+    Where they are only read: all but the last `rest` tokens of each row are the beginning of one of `beginnings`.
+    """
+
+    prompts: int
+    prompt: int
+    new: int = 0
+    n: int = 1
+    rest: int = 0
+    beginnings: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.n
+
+
+def work_of(cfg: Config, device: Device = "cuda") -> dict[str, Batch]:
+    """The largest batch of each role, were every text as long as it may be."""
+    document = round(cfg.max_words * TOKENS_PER_WORD)
+    rubric = cfg.criterion_tokens * cfg.max_criteria
+    asked, told = cfg.problem_tokens + TEMPLATE, cfg.problem_tokens + INSTRUCTIONS
+    graded = cfg.problem_tokens + GRADING + cfg.max_new_tokens
+    noted = FACTS_TOKENS + cfg.problem_tokens
+    shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
+    taken = cfg.documents_taken
+    rated_answers = taken * (cfg.group_size + CONTROLS * cfg.check_rubric)
+    rest = cfg.max_new_tokens + QUESTION  # of the judge's prompt, the answer and what follows
+    n = max(1, min(cfg.group_size, (cfg.update_tokens - asked) // cfg.max_new_tokens))  # answers in a row of the update
+    row = asked + n * cfg.max_new_tokens
+
+    def largest(count: int, prompt: int, new: int, n: int = 1, budget: int = cfg.rollout_tokens) -> Batch:
+        groups = [[i * n + k for k in range(n)] for i in range(count)]
+        rows = len(batches(groups, [prompt + new] * (count * n), budget)[0])
+        return Batch(max(1, rows // n), prompt, new, min(n, rows))
+
+    # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
+    rated = largest(taken * cfg.max_criteria, graded + cfg.criterion_tokens, 0, n=cfg.group_size)
+    return {
+        "propose": largest(taken, document + told, max(noted, cfg.reference_tokens), n=cfg.tries_at_once),
+        "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
+        "rubric": largest(taken, document + told + shown, rubric, n=3),
+        "judge": largest(rated_answers, graded + rubric, cfg.rating_tokens * cfg.max_criteria)
+        if cfg.judge != "logits"
+        else Batch(
+            min(rated.rows, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
+            rated.prompt,
+            rest=rest,
+            beginnings=rated.prompts,
+        ),
+        "update": Batch(max(1, min(cfg.documents, cfg.update_tokens // row)), asked, cfg.max_new_tokens, n),
+    }
+
+
+def in_use(cfg: Config) -> list[str]:
+    """The roles of work_of that have work to do: without training no update, and with recorded answers nothing else."""
+    if cfg.replay == "answers":
+        return ["update"]
+    return ["propose", "solve", "rubric", "judge"] + ([] if cfg.synthesize else ["update"])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA's allocator has its own exception; the driver, cuBLAS, cuDNN and the CPU's allocator raise others. Where it
+    happens while a CUDA graph is captured, another error is raised because of it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    because = None if error.__suppress_context__ else error.__context__
+    return OUT_OF_MEMORY.search(str(error)) is not None or (because is not None and out_of_memory(because))
+
+
+T = TypeVar("T")
+
+
+def within_memory(llm: Any, phase: str, work: Callable[[], T], undo: Callable[[], None], budgets: dict[str, int]) -> T:
+    """work(); where memory runs out, again after undo() and under half the phase's token budget.
+
+    Raises UserError when not even one row fits.
+    """
+    while True:
+        llm.batch = (0, 0)
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # Only here, outside of the except block, do the error's frames let go of their tensors.
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows, longest = llm.batch
+        if rows == 0 and llm.dequantize:  # no batch was begun
+            llm.dequantize, llm.unpacked = False, None
+            tqdm.write(f"out of memory in {phase}: from now on without a copy of the weights out of 4 bits")
+            undo()
+            continue
+        if rows <= 1:
+            raise UserError(
+                f"out of memory in {phase}, even with one row ({longest} tokens): lower --max-words, "
+                "--max-new-tokens or --rubric-answers, or choose a smaller model"
+            )
+        budgets[phase] = min(budgets[phase], rows * longest) // 2
+        tqdm.write(f"out of memory in {phase} with {rows} rows of {longest} tokens: now under {budgets[phase]} tokens")
+        undo()
+
+
+def rollout(
+    llm: Any,
+    phase: str,
+    work: Callable[[], T],
+    rng: random.Random,
+    budgets: dict[str, int],
+    episodes: Sequence[Episode] = (),
+) -> T:
+    """A phase of the self-play within memory: every try begins with the same random states and the same episodes."""
+    states, before = rng_states(rng), copy.deepcopy(list(episodes))
+
+    def attempt() -> T:
+        llm.token_budget = budgets[phase]
+        return work()
+
+    def undo() -> None:
+        set_rng_states(rng, states)
+        for episode, was in zip(episodes, before, strict=True):
+            vars(episode).update(copy.deepcopy(vars(was)))
+
+    return within_memory(llm, phase, attempt, undo, budgets)
+
+
+def try_longest(llm: Any, cfg: Config, budgets: dict[str, int]) -> None:
+    """Each phase's longest possible batch once, so that a run that cannot fit fails in its first minute.
+
+    Halves budgets as the run itself would. Weights and random states stay as they are.
+    """
+    start = time.perf_counter()
+    parameters = [p for p in llm.model.parameters() if p.requires_grad]
+
+    def forget() -> None:
+        for p in parameters:
+            p.grad = None
+
+    def attempt(phase: str) -> None:
+        # `budgets` counts here: it shrinks between attempts.
+        budget = budgets[phase]
+        work = work_of(replace(cfg, rollout_tokens=budget, update_tokens=budget), llm.kind)[phase]
+        if phase == "update":
+            moments = [torch.empty_like(p) for p in parameters for _ in range(2)]  # AdamW's, made in the first step
+            llm.rehearse_update(work.prompts, work.prompt, work.new, work.n)
+            del moments
+        else:
+            llm.rehearse(work.prompts, work.prompt, work.new, work.n)
+
+    for phase in (p for p in in_use(cfg) if p in budgets):
+        within_memory(llm, phase, lambda phase=phase: attempt(phase), forget, budgets)  # type: ignore[misc]
+        forget()
+    torch.cuda.empty_cache()
+    print(f"the longest batch of each phase fits in memory ({time.perf_counter() - start:.0f} s)")

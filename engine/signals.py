@@ -1,0 +1,65 @@
+"""SIGINT, SIGTERM and SIGHUP end a run where it can be resumed."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+RESUMABLE = 75  # the exit code EX_TEMPFAIL of sysexits.h: try again later
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks the run to end. Like its parent no Exception: no library takes it for an error of its own."""
+
+
+class Signals:
+    """Inside `with Signals() as signals`, SIGINT, SIGTERM and SIGHUP raise Interrupted, once.
+
+    Within `with signals.held()` that waits for the end of the block. A Ctrl-C after that ends the process at once;
+    a further SIGTERM or SIGHUP changes nothing, because a closing terminal often sends two.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.holding = False
+        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+
+    def __enter__(self) -> "Signals":
+        self.before = {
+            s: signal.signal(s, self.handle)
+            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(s) is not signal.SIG_IGN  # nohup stays nohup
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            if number == signal.SIGINT:
+                os._exit(130)
+            return
+        self.received = signal.Signals(number).name
+        if number == signal.SIGHUP:  # the terminal is gone: to print there would fail before anything is saved
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for fd in self.terminals:
+                os.dup2(nowhere, fd)
+        if not self.holding:
+            raise Interrupted(self.received)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self.check()  # where an exception is raised in a destructor, Python drops it
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        self.check()
+
+    def check(self) -> None:
+        if self.received:
+            raise Interrupted(self.received)
