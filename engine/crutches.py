@@ -11,6 +11,8 @@ import re
 from config import Config
 from engine.forms import Field
 
+TRIES_AT_ONCE = 3  # attempts at a problem side by side: with crutches most of them are no good
+
 # Beginning of a problem -> of its reference. A small model that is told how to begin goes on sensibly where it
 # would otherwise talk about its instructions, or answer a question by repeating it.
 OPENINGS = {

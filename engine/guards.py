@@ -25,23 +25,19 @@ from engine.text import (
     words,
 )
 
-NAMES = ("judge_addressing", "too_little_content", "copies_problem", "length")
-
 
 def factor(answer: Answer, problem: str, cfg: Config) -> float:
     """The share of its grade that an answer keeps, in [0, 1]; what fired is noted in `answer.guards`."""
     answer.guards = []
-    if not cfg.guards:
-        return 1.0
     kept, text = 1.0, final_answer(answer.text)
-    if cfg.guard_length:
+    if cfg.guarded("length"):
         soft = cfg.soft_length * cfg.max_new_tokens
         tokens = len(answer.ids) if answer.finished else cfg.max_new_tokens
         kept = length_factor(tokens, soft, cfg.max_new_tokens, cfg.length_floor)
     vetoes = {
-        "judge_addressing": cfg.guard_judge_addressing and judge_addressing(text, problem),
-        "too_little_content": cfg.guard_too_little_content and too_little_content(text, problem),
-        "copies_problem": cfg.guard_copies_problem and copies_problem(text, problem),
+        "judge_addressing": cfg.guarded("judge_addressing") and judge_addressing(text, problem),
+        "too_little_content": cfg.guarded("too_little_content") and too_little_content(text, problem),
+        "copies_problem": cfg.guarded("copies_problem") and copies_problem(text, problem),
     }
     answer.guards = [name for name, fired in {**vetoes, "length": kept < 1}.items() if fired]
     return 0.0 if any(vetoes.values()) else kept

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 import rubric
 from config import PRESETS, Config
 from data import HUB_CORPORA, SAMPLES, Corpus, Document, json_lines, read
-from engine import checkpoint, guards
+from engine import checkpoint
 from engine.stats import mean
 from model import LLM
 from rubric import Episode, Phase, alive, plainly
@@ -70,7 +70,6 @@ def candidates(corpus: Corpus, cfg: Config) -> Iterator[Document]:
 def yardstick(cfg: Config) -> Config:
     """The configuration to measure with: the run's own, without what is an ablation, so that arms are comparable."""
     usual = Config(**PRESETS.get(cfg.preset, {}))
-    each_guard: dict[str, Any] = {f"guard_{name}": True for name in guards.NAMES}
     return replace(
         cfg,
         roles="base",
@@ -84,8 +83,7 @@ def yardstick(cfg: Config) -> Config:
         judge=usual.judge if cfg.judge == "each" else cfg.judge,
         gate=usual.gate,
         check_rubric=usual.check_rubric,
-        guards=True,
-        **each_guard,
+        skip_guards=(),
     )
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from config import FACTS_TOKENS, Config
 from data import Episode, UserError
 from engine.checkpoint import rng_states, set_rng_states
+from engine.crutches import TRIES_AT_ONCE
 from engine.fast import batches
 
 Device = Literal["cuda", "cpu"]
@@ -86,7 +87,9 @@ def work_of(cfg: Config, device: Device = "cuda") -> dict[str, Batch]:
     # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
     rated = largest(taken * cfg.max_criteria, graded + cfg.criterion_tokens, 0, n=cfg.group_size)
     return {
-        "propose": largest(taken, document + told, max(noted, cfg.reference_tokens), n=cfg.tries_at_once),
+        "propose": largest(
+            taken, document + told, max(noted, cfg.reference_tokens), n=TRIES_AT_ONCE if cfg.crutches else 1
+        ),
         "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
         "rubric": largest(taken, document + told + shown, rubric, n=3),
         "judge": largest(rated_answers, graded + rubric, cfg.rating_tokens * cfg.max_criteria)

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import GUARDS, Config
 from data import Corpus
-from engine import checkpoint, guards, heldout
+from engine import checkpoint, heldout
 from rubric import Episode, alive
 
 TRAINED = ("loss", "kl", "entropy", "clipped", "grad_norm", "lr", "trained_tokens", "skipped_updates")
@@ -45,7 +45,7 @@ def metrics(
         "completion_length": statistics.fmean(len(a.ids) for a in sampled) if sampled else None,
         "truncated_share": statistics.fmean(not a.finished for a in sampled) if sampled else None,
         "criteria": statistics.fmean(len(e.rubric) for e in graded) if graded else None,
-        "guards": {name: sum(name in a.guards for a in answers) for name in guards.NAMES},
+        "guards": {name: sum(name in a.guards for a in answers) for name in GUARDS},
         **{name: evaluated.get(name) for name in heldout.METRICS},
         **{name: trained.get(name) for name in TRAINED},
         "solve_tokens_per_second": sum(len(a.ids) for a in sampled) / seconds["solve"]

@@ -514,9 +514,7 @@ def round_of_play(work: Work, line: Connection) -> None:
         path.read_text("utf-8") for path in sorted((Path(__file__).parents[1] / "samples/instructions").glob("*.txt"))
     )
     document = Document("bench", " ".join(words.split()[: work.document_words]))
-    cfg = replace(
-        ours.cfg, tries=1, tries_at_once=1, crutches=True, max_criteria=work.criteria, group_size=work.group_size
-    )
+    cfg = replace(ours.cfg, tries=1, crutches=True, max_criteria=work.criteria, group_size=work.group_size)
     episodes = ours.episodes()
     for e in episodes:
         e.document, e.reference = document, document.text[:200]

@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from config import FACTS_TOKENS, Config
 from data import UserError
+from engine.crutches import TRIES_AT_ONCE
 from engine.memory import LOGITS_CHUNK_BYTES, READ_TOKENS, TOKENS_PER_WORD, Batch, Device, in_use, work_of
 from model import check_hub, pick_device, resolve
 
@@ -254,7 +255,7 @@ def tokens_of(cfg: Config) -> dict[str, tuple[int, int]]:
     """
     work, taken = work_of(cfg), cfg.documents_taken
     attempts, answers, trained = taken * cfg.tries, taken * cfg.group_size, cfg.documents * cfg.group_size
-    rounds = math.ceil(cfg.tries / cfg.tries_at_once)
+    rounds = math.ceil(cfg.tries / (TRIES_AT_ONCE if cfg.crutches else 1))
     tried = FACTS_TOKENS + cfg.problem_tokens + cfg.reference_tokens
     judge, update = work["judge"], work["update"]
     if cfg.judge != "logits":  # one retry

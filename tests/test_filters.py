@@ -317,7 +317,7 @@ def test_an_unfinished_answer_keeps_no_more_than_the_floor_of_the_length_guard()
     assert kept(CFG, ids=[1] * 20) == 1.0
     assert kept(CFG, ids=[1] * 20, finished=False) == pytest.approx(CFG.length_floor)
     assert kept(CFG, ids=[1] * 100, finished=False) == pytest.approx(CFG.length_floor)
-    assert kept(replace(CFG, guard_length=False), ids=[1] * 20, finished=False) == 1.0
+    assert kept(replace(CFG, skip_guards=("length",)), ids=[1] * 20, finished=False) == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------- thoughts
@@ -396,7 +396,7 @@ def test_no_guard_vetoes_a_strong_answer_and_hardly_any_is_a_bad_reference(model
     # Nine answers ran into the length limit saying the same thing over and over: those are rightly vetoed.
     strong = [(p, a) for p, a in pairs if max(Counter(rubric.ngrams(a, 6)).values(), default=0) < 50]
     assert len(strong) > 0.98 * len(pairs) > 700
-    cfg = Config(guard_length=False)
+    cfg = Config(skip_guards=("length",))
     assert [answer for problem, answer in strong if guards.factor(Answer(answer), problem, cfg) < 1] == []
     faults = Counter(rubric.reference_fault(answer, problem, None) for problem, answer in strong)
     assert faults["reference repeats itself"] < 0.01 * len(strong)

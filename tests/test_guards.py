@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pop
+from config import GUARDS, Config
 from data import Document
 from engine import guards, runlog
-from pop import Config
 from rubric import Answer, Criterion, Episode
 
 PROBLEM = "Why does the dough of a sourdough loaf rise so slowly in a cold kitchen?"
@@ -19,7 +19,7 @@ HONEST = (
     "many hours before the loaf is ready for the oven."
 )
 CFG = Config(max_new_tokens=100, soft_length=0.6, length_floor=0.5)
-SWITCHES = [f"guard_{name}" for name in guards.NAMES]
+SWITCHES = [*GUARDS]
 
 
 def graded(text: str, cfg: Config = CFG, tokens: int = 10, problem: str = PROBLEM) -> Answer:

@@ -626,7 +626,8 @@ def run(open_gates, monkeypatch, tmp_path):
         *brief,
         "--criterion-tokens",
         "120",
-        "--no-guard-too-little-content",
+        "--skip-guards",
+        "too_little_content",
         "--lr",
         "0.01",
     ]

@@ -23,7 +23,7 @@ from engine import runlog
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
-CFG = Config(guard_too_little_content=False)  # the answers here are numbers without words
+CFG = Config(skip_guards=("too_little_content",))  # the answers here are numbers without words
 RUBRIC = [Criterion("n", "g", "d", 1.0)]
 
 
@@ -286,7 +286,7 @@ def played(monkeypatch):
         monkeypatch.setattr(pop.rubric, gate, lambda *_: None)
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--max-new-tokens", "16"]
-    return [*short, "--no-guard-too-little-content", "--audit", "0", "--eval-every", "0"]
+    return [*short, "--skip-guards", "too_little_content", "--audit", "0", "--eval-every", "0"]
 
 
 def test_a_run_leaves_config_metrics_episodes_and_an_adapter(played, tmp_path, capsys):

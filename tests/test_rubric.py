@@ -466,7 +466,7 @@ def test_controls_have_no_part_in_grades_and_advantages(llm):
     with_controls, _ = tried(llm, [rubric_text(FIRST)], by_answer(FAIR))
     without, _ = tried(tiny_llm(), [rubric_text(FIRST)], by_answer(FAIR), check_rubric=False)
     for episodes in (with_controls, without):
-        pop.grade(episodes, Config(guards=False))
+        pop.grade(episodes, Config(skip_guards=("all",)))
     (one,), (other,) = with_controls, without
     assert len(one.controls) == 2 and other.controls == []
     assert one.answers == other.answers

@@ -203,7 +203,7 @@ def episode(drop=None, answers=3, prompt="Why?", **fields) -> Episode:
 
 def written(path, *episodes) -> Config:
     path.write_text("".join(json.dumps({"step": 1, **asdict(e)}) + "\n" for e in episodes))
-    return Config(episodes=str(path), replay="answers", guards=False)
+    return Config(episodes=str(path), replay="answers", skip_guards=("all",))
 
 
 def test_groups_that_came_as_far_as_grades_are_replayed_with_their_rated_answers(tmp_path):
@@ -231,7 +231,7 @@ def test_rewards_of_recorded_answers_are_computed_anew(tmp_path):
     assert rewards(cfg) == [1 / 8, 4 / 8, 7 / 8]
     assert rewards(replace(cfg, reward="random")) not in (rewards(cfg), [9.0] * 3)
     recorded.answers[2].text = "This answer fully meets every criterion."
-    assert rewards(replace(cfg, guards=True))[2] == 0.0 and rewards(cfg)[2] == 7 / 8
+    assert rewards(replace(cfg, skip_guards=()))[2] == 0.0 and rewards(cfg)[2] == 7 / 8
 
 
 def test_flags_go_before_the_defaults_of_a_replay_of_answers(tmp_path):

@@ -53,7 +53,6 @@ def flags(model: Path, run: Path, **more: object) -> list[str]:
         "steps": STEPS,
         "documents": 2,
         "group_size": 2,
-        "tries_at_once": 1,
         "tries": 1,
         "max_words": 50,
         "problem_tokens": 16,
@@ -62,14 +61,13 @@ def flags(model: Path, run: Path, **more: object) -> list[str]:
         "max_criteria": 2,
         "criterion_tokens": 45,
         "save_every": 1,
-        "show_every": 100,
         "updates_per_batch": 2,
         "audit": 0,
         "eval_every": 0,
         **more,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    guards = ["--no-guard-too-little-content", "--no-guard-copies-problem"]  # a random model's noise is neither
+    guards = ["--skip-guards", "too_little_content", "copies_problem"]  # a random model's noise is neither
     return guards + [word for name, value in chosen.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
