@@ -123,8 +123,8 @@ class Config:
     """random: between 0 and 1, whatever the answer says. A control: it must not improve anything."""
     skip_guards: tuple[Literal["judge_addressing", "too_little_content", "copies_problem", "length", "all"], ...] = ()
     """Guards that are left out. Three give reward 0: to text that speaks to the judge, praises itself or forges
-    ratings; to answers that add hardly a word to the problem or repeat themselves; to the problem's own words. length lowers the
-    reward of long answers. all: a grade is the reward."""
+    ratings; to answers that add hardly a word to the problem or repeat themselves; to the problem's own words. length
+    lowers the reward of long answers. all: a grade is the reward."""
 
     soft_length: float = number(0.5, 0, 1)
     """The reward is full up to this share of max_new_tokens, then falls along a cosine (SCOPE: 0.5)."""
