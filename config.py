@@ -310,7 +310,7 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
     stored = stored_config(run)
     if unknown := set(stored) - {field.name for field in fields(Config)}:
         raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
-    cfg = tyro.cli(Config, args=list(argv), default=Config(**{**stored, "skip_guards": tuple(stored["skip_guards"])}))
+    cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
     check_changes(stored, cfg)
     return cfg
 
@@ -344,6 +344,8 @@ def stored_config(run: Path) -> dict[str, Any]:
         raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
     if stored.get("task") == "general":  # its older name
         stored["task"] = "instructions"
+    if "skip_guards" in stored:  # JSON has lists alone
+        stored["skip_guards"] = tuple(stored["skip_guards"])
     return stored
 
 

@@ -307,16 +307,33 @@ def alive(episodes: Sequence[Episode]) -> list[Episode]:
     return [e for e in episodes if e.drop is None]
 
 
-def json_lines(episodes: Sequence[Episode]) -> str:
-    """The text of a file that `read` reads."""
-    return "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
+def json_lines(records: Iterable[Any]) -> str:
+    """Dictionaries or records of a dataclass -> the text of a JSON Lines file."""
+    plain = (record if isinstance(record, dict) else asdict(record) for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in plain)
 
 
-def read(path: Path, answers: bool = False) -> list[Episode]:
-    """The episodes of heldout.jsonl or episodes.jsonl, with their answers if asked for."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file. A last line without its end, as a process that is killed while it writes leaves
+    it, is left out; any other line that holds no object is named and skipped. Raises OSError."""
+    *lines, _ = path.read_bytes().split(b"\n")  # no str.splitlines, for which U+2028 ends a line too
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif line.strip():
+            tqdm.write(f"{path}:{number} is no JSON object and is skipped")
+
+
+def read_episodes(path: Path, answers: bool = False) -> list[Episode]:
+    """The episodes of heldout.jsonl or episodes.jsonl, with their answers if asked for. Raises OSError, KeyError and
+    TypeError."""
     episodes = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        e = {**json.loads(line), "controls": []}
+    for record in read_lines(path):
+        e = {**record, "controls": []}
         e.pop("step", None)
         e["document"], e["rubric"] = Document(**e["document"]), [Criterion(**c) for c in e["rubric"]]
         e["answers"] = [Answer(**a) for a in e["answers"]] if answers else []
@@ -341,7 +358,7 @@ class Recording:
     def __init__(self, name: str, replay: str = "problems") -> None:
         self.name, answers = name, replay == "answers"
         try:
-            episodes = read(Path(name), answers)
+            episodes = read_episodes(Path(name), answers)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
         episodes = with_groups(episodes) if answers else [e for e in episodes if e.rubric]
@@ -356,7 +373,7 @@ class Recording:
 recorded = functools.cache(Recording)
 
 
-def without(corpus: "Corpus | Recording", episodes: Sequence[Episode]) -> Iterator[Document]:
+def without(corpus: Corpus | Recording, episodes: Sequence[Episode]) -> Iterator[Document]:
     """The corpus without the held-out documents, in every epoch; told by their text, as ids of a stream change."""
     held_out = {e.document.text for e in episodes}
     return (document for document in corpus if document.text not in held_out)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from config import Config
-from data import Corpus, Document, Episode, Recording, UserError, recorded
+from data import HUB_CORPORA, Corpus, Document, Episode, Recording, UserError, recorded
 from model import LLM
 
 
@@ -47,3 +47,16 @@ def source(corpus: Corpus, cfg: Config, watched: Sequence[Episode]) -> "Corpus |
             "--eval-every and --eval-documents"
         )
     return recording(cfg)
+
+
+def open_corpus(cfg: Config) -> Corpus:
+    return Corpus(
+        cfg.corpus or HUB_CORPORA[cfg.task][0],
+        task=cfg.task,
+        config=cfg.corpus_config,
+        split=cfg.corpus_split,
+        text_field=cfg.text_field,
+        min_words=cfg.min_words,
+        max_words=cfg.max_words,
+        seed=cfg.seed,
+    )
