@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from data import UserError, recorded
+from data import UserError, read_episodes, with_groups
 
 FACTS_TOKENS = 128  # room for the facts that are noted before a problem
 GUARDS = ("judge_addressing", "too_little_content", "copies_problem", "length")
@@ -299,9 +299,11 @@ def defaults_besides(cfg: Config) -> dict[str, Any]:
     """Those of a run that only plays or only trains, which depend on other flags."""
     if cfg.synthesize:
         return {"eval_every": 0, "steps": math.ceil(cfg.documents_total / cfg.documents)}
-    if cfg.replay == "answers" and Path(cfg.episodes).is_file():  # in a sweep it is yet to be written
-        groups = len(recorded(cfg.episodes, cfg.replay).episodes)
-        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)}
+    if cfg.replay == "answers":
+        groups = 0
+        with contextlib.suppress(OSError, KeyError, TypeError):  # told later; and in a sweep it is yet to be written
+            groups = len(with_groups(read_episodes(Path(cfg.episodes), answers=True)))
+        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)} if groups else {}
     return {}
 
 

@@ -3,14 +3,11 @@
 Documents are untrusted text. Here they are cut, counted and otherwise passed on as they are.
 """
 
-import functools
 import glob
 import hashlib
-import itertools
 import json
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -346,66 +343,3 @@ def with_groups(episodes: Sequence[Episode]) -> list[Episode]:
     graded = [e for e in episodes if e.drop in (None, "group/zero spread", "group/oversampled")]
     rated = [[a for a in e.answers if a.ids and a.ratings and len(a.ratings) == len(e.rubric)] for e in graded]
     return [replace(e, answers=group) for e, group in zip(graded, rated, strict=True) if len(group) > 1]
-
-
-class Recording:
-    """In place of a Corpus: the documents of recorded episodes, in their order, over and over. `replay` as in Config:
-    of those that have a rubric or, for answers, of those whose answers can be trained on.
-
-    Raises UserError if the file cannot be read or has no such episode.
-    """
-
-    def __init__(self, name: str, replay: str = "problems") -> None:
-        self.name, answers = name, replay == "answers"
-        try:
-            episodes = read_episodes(Path(name), answers)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
-        episodes = with_groups(episodes) if answers else [e for e in episodes if e.rubric]
-        if not episodes:
-            raise UserError(f"--episodes {name}: no episode there has {'two rated answers' if answers else 'a rubric'}")
-        self.episodes = {id(e.document): e for e in episodes}  # not by its text: a document may recur, its problem not
-
-    def __iter__(self) -> Iterator[Document]:
-        return itertools.cycle([e.document for e in self.episodes.values()])
-
-
-recorded = functools.cache(Recording)
-
-
-def without(corpus: Corpus | Recording, episodes: Sequence[Episode]) -> Iterator[Document]:
-    """The corpus without the held-out documents, in every epoch; told by their text, as ids of a stream change."""
-    held_out = {e.document.text for e in episodes}
-    return (document for document in corpus if document.text not in held_out)
-
-
-PAUSES = (5, 30, 120)  # seconds before a broken stream is opened again
-
-
-def documents_from(
-    corpus: Corpus | Recording, consumed: int, last: str | None = None, held_out: Sequence[Episode] = ()
-) -> Iterator[Document]:
-    """The corpus after its first `consumed` documents, read again from the start: exact for shuffled streams too.
-
-    Documents of the episodes `held_out` are left out, and not counted.
-
-    A stream whose connection breaks is opened again after each of PAUSES, then Unreachable is raised. Raises
-    UserError if the last document passed over is not the one with the id `last`: the corpus is not what it was.
-    """
-    failures = 0
-    while True:
-        try:
-            for number, document in enumerate(without(corpus, held_out), start=1):
-                if number == consumed and last not in (None, document.id):
-                    raise UserError(
-                        f"the corpus {corpus.name} has changed: document {consumed} was {last} and is now {document.id}"
-                    )
-                if number > consumed:
-                    consumed, last, failures = number, document.id, 0
-                    yield document
-        except Unreachable as error:
-            if failures == len(PAUSES):
-                raise
-            tqdm.write(f"{error}; again in {PAUSES[failures]} s")
-            time.sleep(PAUSES[failures])
-            failures += 1

@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 
 import rubric
 from config import Config, parse_args
-from data import Answer, Corpus, Document, Episode, Unreachable, UserError, alive, documents_from
-from engine import audit, checkpoint, heldout, memory, replay, runlog
+from data import Answer, Corpus, Document, Episode, Unreachable, UserError, alive
+from engine import audit, checkpoint, heldout, memory, runlog, sources
 from engine.checkpoint import State
 from engine.fast import batches, segments_of, share_prompts
 from engine.runlog import Clock
 from engine.signals import RESUMABLE, Interrupted, Signals
+from engine.sources import documents_from
 from lab import plan, report
 from model import LLM, MASKED, load
 
@@ -43,8 +44,11 @@ def play(
 ) -> list[Episode]:
     """One round of self-play: documents in, graded groups of answers out. Dropped episodes say why."""
     clock = clock or Clock()
-    with clock("propose"):
-        episodes = replay.replayed(documents, cfg) if cfg.episodes else rubric.propose(llm, documents, cfg, rng)
+    if cfg.episodes:
+        episodes = sources.replayed(documents, cfg)
+    else:
+        with clock("propose"):
+            episodes = rubric.propose(llm, documents, cfg, rng)
     if cfg.replay == "problems":
         with clock("solve"):
             rubric.solve(llm, alive(episodes), cfg)
@@ -369,7 +373,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
         try:
             progress["budgets"]["update"] = memory.rehearse(llm, cfg, progress["budgets"]["update"])
             watched = before_training(llm, corpus, cfg, run, state, log, signals)
-            source = replay.source(corpus, cfg, watched)
+            source = sources.source(corpus, cfg, watched)
             documents = documents_from(source, progress["documents"], progress["document"], watched)
             while progress["step"] < cfg.steps:
                 clock = Clock()
@@ -459,18 +463,18 @@ def main(argv: Sequence[str]) -> int:
     if cfg.dry_run:
         print(plan.plan(cfg))
         return 0
-    corpus = replay.open_corpus(cfg)
+    corpus = sources.open_corpus(cfg)
     if not cfg.episodes or cfg.audit or cfg.eval_every:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     if cfg.episodes:
-        replay.recording(cfg)
+        sources.recording(cfg)
     llm = load_llm(cfg)
     check_fits(llm, cfg)
     run = checkpoint.run_folder(cfg)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
     source = f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
-    print(runlog.amount(cfg, len(replay.recording(cfg).episodes) if cfg.episodes else 0))
+    print(runlog.amount(cfg, len(sources.recording(cfg).episodes) if cfg.episodes else 0))
     try:
         with checkpoint.locked(run):
             train(llm, corpus, cfg, run)
@@ -484,7 +488,7 @@ def main(argv: Sequence[str]) -> int:
 def check_fits(llm: LLM, cfg: Config) -> None:
     """Raises UserError if the longest prompt, the rubric writer's, or a recorded answer does not fit the context."""
     if cfg.replay == "answers":
-        replay.check_tokens(llm, cfg)
+        sources.check_tokens(llm, cfg)
     else:
         writer = memory.work_of(cfg)["rubric"]
         llm.check_length(writer.prompt + writer.new)

@@ -17,7 +17,7 @@ import data
 import pop
 import rubric
 from data import Document, UserError
-from engine import heldout, replay
+from engine import heldout, sources
 from model import LLM, Completion
 from pop import Config
 from rubric import Answer, Criterion, Episode
@@ -81,7 +81,7 @@ def played(llm=None, **flags):
     """(prompts by role, the episode) of one round of self-play on one document."""
     llm = llm or Speaker()
     cfg = replace(Config(group_size=2, rubric_answers=2, tries=1, judge="generate"), **flags)
-    document = next(iter(replay.recording(cfg))) if cfg.episodes else DOCUMENT
+    document = next(iter(sources.recording(cfg))) if cfg.episodes else DOCUMENT
     (episode,) = pop.play(llm, [document], cfg, random.Random(0))
     assert episode.drop in (None, "group/zero spread")
     return llm.prompts, episode
@@ -401,10 +401,10 @@ def test_a_rubric_of_another_way_of_writing_is_written_anew_for_the_replayed_pro
 
 
 def test_a_replay_goes_through_the_episodes_with_a_rubric_over_and_over(recorded):
-    documents = iter(replay.recording(Config(episodes=recorded)))
+    documents = iter(sources.recording(Config(episodes=recorded)))
     batch = [next(documents) for _ in range(5)]
     assert [document.id for document in batch] == ["tides", "other", "tides", "tides", "other"]
-    problems = [e.problem for e in replay.replayed(batch, Config(episodes=recorded))]
+    problems = [e.problem for e in sources.replayed(batch, Config(episodes=recorded))]
     assert problems == [PROBLEM, "Why?", "Another problem?", PROBLEM, "Why?"]
 
 
@@ -459,8 +459,8 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
 
 def test_a_replay_of_held_out_documents_alone_is_refused(recorded):
     held_out = [Episode(DOCUMENT), Episode(Document("other", "Another document."))]
-    assert replay.source("the corpus", Config(), held_out) == "the corpus"
+    assert sources.source("the corpus", Config(), held_out) == "the corpus"
     cfg = Config(episodes=recorded)
-    assert replay.source("the corpus", cfg, held_out[:1]) is replay.recording(cfg)
+    assert sources.source("the corpus", cfg, held_out[:1]) is sources.recording(cfg)
     with pytest.raises(UserError, match="all its documents are held out in this run"):
-        replay.source("the corpus", Config(episodes=recorded), held_out)
+        sources.source("the corpus", Config(episodes=recorded), held_out)

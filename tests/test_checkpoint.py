@@ -17,10 +17,9 @@ from conftest import tiny_llm
 from safetensors.torch import load_file
 
 import config
-import data
 import pop
 from data import Corpus, UserError
-from engine import checkpoint, signals
+from engine import checkpoint, signals, sources
 
 
 @pytest.fixture(scope="module")
@@ -328,28 +327,28 @@ def first(documents, n):
 @pytest.mark.parametrize("consumed", [0, 5, 39, 40, 55])
 def test_a_shuffled_stream_goes_on_after_the_documents_consumed(monkeypatch, consumed):
     wanted = first(iter(streamed(monkeypatch)), 70)
-    assert first(data.documents_from(streamed(monkeypatch), consumed), 70 - consumed) == wanted[consumed:]
+    assert first(sources.documents_from(streamed(monkeypatch), consumed), 70 - consumed) == wanted[consumed:]
 
 
 def test_a_broken_stream_is_opened_again_without_losing_or_repeating_a_document(monkeypatch, capsys):
-    monkeypatch.setattr(data, "PAUSES", (0, 0))
+    monkeypatch.setattr(sources, "PAUSES", (0, 0))
     wanted = first(iter(streamed(monkeypatch)), 70)
-    assert first(data.documents_from(streamed(monkeypatch, broken_at=[20, 25, 30]), 0), 70) == wanted
+    assert first(sources.documents_from(streamed(monkeypatch, broken_at=[20, 25, 30]), 0), 70) == wanted
     assert capsys.readouterr().out.count("reset by peer") == 3
 
 
 def test_a_stream_that_stays_broken_is_given_up(monkeypatch):
-    monkeypatch.setattr(data, "PAUSES", (0, 0))
+    monkeypatch.setattr(sources, "PAUSES", (0, 0))
     with pytest.raises(pop.Unreachable):
-        first(data.documents_from(streamed(monkeypatch, broken_at=[20, 20, 20]), 0), 70)
+        first(sources.documents_from(streamed(monkeypatch, broken_at=[20, 20, 20]), 0), 70)
 
 
 def test_a_corpus_that_changed_meanwhile_is_refused():
     corpus = Corpus("samples")
     document = first(iter(corpus), 3)[-1]
-    assert next(data.documents_from(corpus, 3, document.id)) == first(iter(corpus), 4)[-1]
+    assert next(sources.documents_from(corpus, 3, document.id)) == first(iter(corpus), 4)[-1]
     with pytest.raises(UserError, match=r"has changed: document 3 was gone.txt"):
-        next(data.documents_from(corpus, 3, "gone.txt"))
+        next(sources.documents_from(corpus, 3, "gone.txt"))
 
 
 def test_an_output_folder_with_a_run_in_it_points_to_resume(copy):
