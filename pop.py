@@ -377,7 +377,8 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             documents = documents_from(source, progress["documents"], progress["document"], watched)
             while progress["step"] < cfg.steps:
                 clock = Clock()
-                batch = list(itertools.islice(documents, documents_due(cfg, progress)))
+                left = cfg.documents_total - progress["documents"] if cfg.synthesize else cfg.documents_taken
+                batch = list(itertools.islice(documents, min(left, cfg.documents_taken)))
                 episodes = play(llm, batch, cfg, state.rng, clock)
                 with signals.held():
                     trained: dict[str, float | None] = {}
@@ -398,12 +399,6 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             raise
         finally:  # while signals are still ours: a closing terminal often sends two
             report.refresh(run)
-
-
-def documents_due(cfg: Config, progress: dict[str, Any]) -> int:
-    """How many documents the next step takes."""
-    left = cfg.documents_total - progress["documents"] if cfg.synthesize else cfg.documents_taken
-    return min(left, cfg.documents_taken)
 
 
 def before_training(
@@ -468,7 +463,11 @@ def main(argv: Sequence[str]) -> int:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     if cfg.episodes:
         sources.recording(cfg)
-    llm = load_llm(cfg)
+    options = {
+        name: getattr(cfg, name) for name in ("load_in", "lora_r", "lora_alpha", "seed", "cuda_graph", "recompute")
+    }
+    dequantize = cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available())
+    llm = load(cfg.model, token_budget=cfg.rollout_tokens, dequantize=dequantize, **options)
     check_fits(llm, cfg)
     run = checkpoint.run_folder(cfg)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
@@ -492,21 +491,6 @@ def check_fits(llm: LLM, cfg: Config) -> None:
     else:
         writer = memory.work_of(cfg)["rubric"]
         llm.check_length(writer.prompt + writer.new)
-
-
-def load_llm(cfg: Config) -> LLM:
-    """The model of a run, with a fresh adapter. On a GPU weights are kept dequantized as long as they fit."""
-    return load(
-        cfg.model,
-        load_in=cfg.load_in,
-        lora_r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        seed=cfg.seed,
-        token_budget=cfg.rollout_tokens,
-        dequantize=cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available()),
-        cuda_graph=cfg.cuda_graph,
-        recompute=cfg.recompute,
-    )
 
 
 if __name__ == "__main__":
