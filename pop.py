@@ -471,7 +471,9 @@ def main(argv: Sequence[str]) -> int:
     check_fits(llm, cfg)
     run = checkpoint.run_folder(cfg)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
-    source = f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
+    source = (
+        f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name} {corpus.listing}".strip()
+    )
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
     print(runlog.amount(cfg, len(sources.recording(cfg).episodes) if cfg.episodes else 0))
     try:
