@@ -23,7 +23,7 @@ from benchmarks import ifeval
 from benchmarks.judges import Question, Value, read_json
 from config import Config
 from data import UserError, brief
-from engine import guards, heldout
+from engine import guards, heldout, parsing
 from engine.forms import Field
 from rubric import Answer, Episode
 
@@ -376,7 +376,7 @@ def ask_heldout(item: Item, answer: str, base: str) -> list[Question]:
         ]
 
     def ratings(reply: str) -> list[float] | None:
-        return rubric.written_ratings(reply, len(criteria))
+        return parsing.written_ratings(reply, len(criteria))
 
     prompt = rubric.judge_prompt(problem, criteria, answer)
     form = rubric.judge_form(len(criteria), item.data["cfg"].rating_tokens)

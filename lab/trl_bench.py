@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import rubric
 from config import PRESETS, Config
+from engine import parsing
 from engine.fast import batches, positions
 from engine.forms import FormFiller, room
 from lab.bench import Group, Meter, Replay, Work, groups_of
@@ -100,7 +101,7 @@ class Judge:
             )
             for i, reply in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((at + 1 for at, token in enumerate(reply) if token in llm.eos_ids), len(reply))
-                ratings[i] = rubric.written_ratings(llm.decode(reply[:end]), len(pairs[i][0].rubric))
+                ratings[i] = parsing.written_ratings(llm.decode(reply[:end]), len(pairs[i][0].rubric))
         return ratings
 
 
