@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -292,7 +293,15 @@ def parse_args(argv: Sequence[str]) -> Config:
         cfg = tyro.cli(Config, args=list(argv), default=replace(cfg, **usual))
     if cfg.synthesize and cfg.steps != usual["steps"]:
         raise UserError(f"--steps {cfg.steps}: synthesize takes --documents-total instead")
-    return cfg
+    return resolved(cfg)
+
+
+def resolved(cfg: Config) -> Config:
+    """With local files by their whole paths, so that a run can be resumed from another folder."""
+    given = {name: os.path.expanduser(getattr(cfg, name)) for name in ("corpus", "model", "episodes")}
+    built_in = ("samples", "heldout")
+    local = {name: path for name, path in given.items() if path and path not in built_in and os.path.exists(path)}
+    return replace(cfg, **{name: os.path.abspath(path) for name, path in local.items()})
 
 
 def defaults_besides(cfg: Config) -> dict[str, Any]:
@@ -312,7 +321,7 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
     stored = stored_config(run)
     if unknown := set(stored) - {field.name for field in fields(Config)}:
         raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
-    cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
+    cfg = resolved(tyro.cli(Config, args=list(argv), default=Config(**stored)))
     check_changes(stored, cfg)
     return cfg
 

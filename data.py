@@ -61,6 +61,11 @@ class Document:
     id: str
     text: str
 
+    @property
+    def identity(self) -> str:
+        """Its id and a digest of its text: the same id may come to mean another text."""
+        return f"{self.id} {hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()}"
+
 
 class Corpus:
     """Documents in a seeded order: without end (`for document in corpus`) or one epoch at a time.

@@ -29,7 +29,7 @@ from engine import audit, checkpoint, heldout, memory, runlog, sources
 from engine.checkpoint import State
 from engine.fast import batches, segments_of, share_prompts
 from engine.runlog import Clock
-from engine.signals import RESUMABLE, Interrupted, Signals
+from engine.signals import RESUMABLE, Interrupted, Signals, survive_closed_output
 from engine.sources import documents_from
 from lab import plan, report
 from model import LLM, MASKED, load
@@ -119,7 +119,7 @@ def grpo_loss(
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    sums = {"clipped": (ratio != clipped).sum().item()}
+    sums = {"clipped": (ratio * advantages > clipped * advantages).sum().item()}  # where clipping takes effect
     if ref_logps is not None:
         kl = k3(logps, ref_logps)
         loss = loss + cfg.kl_coef * (ratio * kl if cfg.kl_correction else kl)
@@ -386,7 +386,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                         with clock("update"):
                             trained = update(llm, state, alive(episodes), cfg)
                     consumed = progress["documents"] + len(batch)
-                    progress.update(step=progress["step"] + 1, documents=consumed, document=batch[-1].id)
+                    progress.update(step=progress["step"] + 1, documents=consumed, document=batch[-1].identity)
                     over = finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
                     finished = checkpoint.rng_states(state.rng)
                 if over:
@@ -452,6 +452,7 @@ def finish_step(
 
 
 def main(argv: Sequence[str]) -> int:
+    survive_closed_output()
     if argv[:1] == ["synthesize"]:
         argv = ["--synthesize", *argv[1:]]
     cfg = parse_args(argv)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -112,9 +113,8 @@ def writing(path: Path, run: Path, again: str = RESUME) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"cannot write {path}: {reason}. Make room or give write permission, then {again.format(run=run)}"
-        ) from error
+        retry = again.format(run=shlex.quote(str(run)))
+        raise UserError(f"cannot write {path}: {reason}. Make room or give write permission, then {retry}") from error
 
 
 @contextlib.contextmanager

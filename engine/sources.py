@@ -110,18 +110,17 @@ def documents_from(
     Documents of the episodes `held_out` are left out, and not counted.
 
     A stream whose connection breaks is opened again after each of PAUSES, then Unreachable is raised. Raises
-    UserError if the last document passed over is not the one with the id `last`: the corpus is not what it was.
+    UserError if the last document passed over is not the one of the identity `last`: the corpus is not what it was.
     """
     failures = 0
     while True:
         try:
             for number, document in enumerate(without(corpus, held_out), start=1):
-                if number == consumed and last not in (None, document.id):
-                    raise UserError(
-                        f"the corpus {corpus.name} has changed: document {consumed} was {last} and is now {document.id}"
-                    )
+                if number == consumed and last not in (None, document.identity):
+                    changed = f"document {consumed} was {last} and is now {document.identity}"
+                    raise UserError(f"the corpus {corpus.name} has changed: {changed}")
                 if number > consumed:
-                    consumed, last, failures = number, document.id, 0
+                    consumed, last, failures = number, document.identity, 0
                     yield document
         except Unreachable as error:
             if failures == len(PAUSES):

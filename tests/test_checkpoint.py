@@ -346,9 +346,17 @@ def test_a_stream_that_stays_broken_is_given_up(monkeypatch):
 def test_a_corpus_that_changed_meanwhile_is_refused():
     corpus = Corpus("samples")
     document = first(iter(corpus), 3)[-1]
-    assert next(sources.documents_from(corpus, 3, document.id)) == first(iter(corpus), 4)[-1]
-    with pytest.raises(UserError, match=r"has changed: document 3 was gone.txt"):
-        next(sources.documents_from(corpus, 3, "gone.txt"))
+    assert next(sources.documents_from(corpus, 3, document.identity)) == first(iter(corpus), 4)[-1]
+    for other in (replace(document, id="gone.txt"), replace(document, text="Another text by the same name.")):
+        with pytest.raises(UserError, match=f"has changed: document 3 was {other.identity} and is now"):
+            next(sources.documents_from(corpus, 3, other.identity))
+
+
+def test_local_files_are_stored_by_their_whole_paths(tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert pop.parse_args(["--preset", "demo", "--corpus", "notes"]).corpus == str(tmp_path / "notes")
+    assert pop.parse_args(["--preset", "demo"]).corpus == "samples"
 
 
 def test_an_output_folder_with_a_run_in_it_points_to_resume(copy):

@@ -538,6 +538,30 @@ def test_handlers_are_given_back():
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
+def test_output_that_nobody_reads_any_more_is_no_error():
+    read, write = os.pipe()
+    stream = signals.Unbreakable(os.fdopen(write, "w", buffering=1))
+    os.close(read)
+    for _ in range(3):
+        print("step 1", file=stream, flush=True)
+    stream.close()  # as Python does at its end
+
+
+def test_a_character_that_a_terminal_cannot_show_is_replaced(tmp_path):
+    with (tmp_path / "log").open("w", encoding="ascii") as file:
+        print("reward 0.5 ±0.1", file=signals.Unbreakable(file))
+    assert (tmp_path / "log").read_text() == "reward 0.5 ?0.1\n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_goes_on_where_its_output_is_closed(played, tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr("sys.stdout", os.fdopen(write, "w", buffering=1))
+    assert pop.main(played()) == 0
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
+
+
 def test_progress_is_plain_json():
     progress = pop.new_state(tiny_llm(), pop.Config()).progress
     assert json.loads(json.dumps(progress)) == progress
