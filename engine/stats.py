@@ -46,7 +46,7 @@ class Difference(Estimate):
 
 
 def interval(scores: np.ndarray, clip: Clip = None, *, seed: int = 0, resamples: int = 10_000) -> Estimate:
-    """The metric of scores (items, columns, 2), NaN where they have no weight, and its bootstrap interval over items."""
+    """The metric of scores (items, columns, 2), NaN where they have no weight, and its interval over items."""
     scores = scores[scored(scores)]
     return bootstrap(lambda items: metric(scores, items, clip), len(scores), seed, resamples)[0]
 
@@ -143,8 +143,7 @@ def bootstrap(
     sizes = [min(batch, resamples - done) for done in range(0, resamples, batch)]
     values = np.concatenate([statistic(rng.integers(n, size=(size, n))) for size in sizes])
     values = values[~np.isnan(values)] + 0.0  # no -0.0
-    z = -math.sqrt(n / (n - 1)) * t.ppf(0.5 + LEVEL / 2, n - 1)
-    tail = norm.cdf(z)  # (1 - LEVEL) / 2 or less, the fewer items the less
+    tail = norm.cdf(-math.sqrt(n / (n - 1)) * t.ppf(0.5 + LEVEL / 2, n - 1))  # below (1 - LEVEL) / 2 for few items
     low, high = np.quantile(values, [tail, 1 - tail], method="inverted_cdf")  # not interpolated, to agree with p
     return Estimate(center, float(low), float(high), n), values
 
