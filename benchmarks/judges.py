@@ -30,6 +30,7 @@ REPLIES = 3  # to a question, before its verdict is given up as unreadable
 REPEAT_TEMPERATURE = 0.7  # of a question asked again: greedily the same nonsense would come
 RETRIED = (408, 409, 429)  # besides 5xx, by the client
 NO_VERDICT = "no verdict in the reply"
+INSTEAD = {"max_tokens": "max_completion_tokens is sent", "temperature": "its verdicts may vary"}
 
 # HTTP statuses that every question would get -> what to do about it.
 REMEDIES = {
@@ -74,35 +75,33 @@ class LocalJudge:
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> None:
         """Hand every question's verdict to `keep`, CHUNK at a time."""
-        kinds = {q.id: (q.digits, room(self.llm, q.form)) for q in questions}
+        context, kinds, fitting = self.llm.context, {}, []
+        for q in questions:
+            kinds[q.id] = (q.digits, room(self.llm, q.form))
+            needed = len(self.llm.encode_messages(q.messages)) + kinds[q.id][1]
+            if needed <= context:
+                fitting.append(q)
+            else:
+                keep([Verdict(q.id, None, "", f"too long for the judge: {needed} tokens, its context is {context}")])
         # Sorted by their texts, questions with a common prefix share its prefill.
-        ordered = sorted(questions, key=lambda q: (kinds[q.id], [m["content"] for m in q.messages]))
-        for (_, tokens), group in groupby(ordered, key=lambda q: kinds[q.id]):
+        fitting.sort(key=lambda q: (kinds[q.id], [m["content"] for m in q.messages]))
+        for (digits, tokens), group in groupby(fitting, key=lambda q: kinds[q.id]):
             alike = list(group)
             for start in range(0, len(alike), CHUNK):
-                keep(self._verdicts(alike[start : start + CHUNK], tokens))
+                keep(self._verdicts(alike[start : start + CHUNK], digits, tokens))
 
-    def _verdicts(self, questions: Sequence[Question], tokens: int) -> list[Verdict]:
-        """questions: alike in their digits and in `tokens`, the length of the longest reply."""
-        llm, asked, prompts, verdicts = self.llm, [], [], []
-        for q in questions:
-            prompt = llm.encode_messages(q.messages)
-            if (needed := len(prompt) + tokens) <= llm.context:
-                asked.append(q)
-                prompts.append(prompt)
-            else:
-                reason = f"too long for the judge: {needed} tokens, its context is {llm.context}"
-                verdicts.append(Verdict(q.id, None, "", reason))
-        if not asked:
-            return verdicts
+    def _verdicts(self, questions: Sequence[Question], digits: str, tokens: int) -> list[Verdict]:
+        """tokens: the longest reply."""
+        llm, prompts = self.llm, [self.llm.encode_messages(q.messages) for q in questions]
         with llm.adapters_off():
-            if digits := asked[0].digits:
+            if digits:
                 probs = llm.choice_probs(prompts, llm.choice_ids("", digits)[1], desc="judge")  # (prompts, digits)
                 values = (probs @ torch.arange(len(digits), dtype=probs.dtype)).tolist()
-                return verdicts + [Verdict(q.id, value, "") for q, value in zip(asked, values, strict=True)]
-            forms = [q.form for q in asked]
+                return [Verdict(q.id, value, "") for q, value in zip(questions, values, strict=True)]
+            forms = [q.form for q in questions]
             outputs = llm.generate(prompts, max_new_tokens=tokens, temperature=0, forms=forms, desc="judge")
-        for q, (completion,) in zip(asked, outputs, strict=True):
+        verdicts = []
+        for q, (completion,) in zip(questions, outputs, strict=True):
             value = q.read(final_answer(completion.text))
             verdicts.append(Verdict(q.id, value, completion.text, NO_VERDICT if value is None else ""))
         return verdicts
@@ -138,10 +137,7 @@ class EndpointJudge:
         self._lock = threading.Lock()
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> None:
-        """Hand every question's verdict to `keep`, in this thread, one by one as they come.
-
-        Raises UserError for an answer that every question would get, such as that of a wrong key.
-        """
+        """Hand each verdict to `keep`, in this thread, as it comes. Raises UserError where all would get the same."""
         unanswered, stopped = 0, False  # unanswered: in a row
 
         def work(question: Question) -> Verdict:
@@ -214,10 +210,7 @@ class EndpointJudge:
                     return error
                 with self._lock:
                     if refused not in self._refused:
-                        instead = (
-                            "max_completion_tokens is sent" if refused == "max_tokens" else "its verdicts may vary"
-                        )
-                        tqdm.write(f"the judge {self.label} takes no {refused}: {instead}")
+                        tqdm.write(f"the judge {self.label} takes no {refused}: {INSTEAD[refused]}")
                     self._refused.add(refused)
                 continue
             choices = getattr(completion, "choices", None)

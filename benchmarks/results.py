@@ -1,0 +1,108 @@
+"""What an evaluation comes to: metrics with intervals, paired differences to the base model, and a table to read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.sets import Scores
+from data import UserError
+from engine import stats
+
+
+def summary(
+    metrics: Sequence[str],
+    clip: stats.Clip,
+    answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    scores: Mapping[str, Mapping[str, Scores]],
+) -> dict[str, Any]:
+    """Every metric of every model, and its paired difference to that of the model `base`. As in JSON, NaN is None.
+
+    metrics: the main one first. answers, scores: model -> item -> answer, score; the same items for all models.
+    """
+    main = metrics[0]
+    arrays = {  # (items, columns, 2) each
+        model: {name: np.array([score[name] for score in own.values()]) for name in metrics}
+        for model, own in scores.items()
+    }
+    models: dict[str, Any] = {}
+    for model, own in answers.items():
+        found = {name: asdict(stats.interval(arrays[model][name], clip)) for name in metrics}
+        differences = {}
+        if model != "base":
+            for name in metrics:
+                d = stats.difference(arrays["base"][name], arrays[model][name], clip)
+                differences[name] = asdict(d) | {"said": stats.sentence(d)}
+            if main == "win_rate":
+                lengths, base = (np.array([a["tokens"] for a in answers[m].values()], float) for m in (model, "base"))
+                controlled = stats.length_controlled(arrays[model][main][:, 0, 0], lengths, base)
+                found["length_controlled"] = asdict(controlled)
+        models[model] = {
+            "metrics": found,
+            "difference": differences,
+            "unjudged": int(np.isnan(arrays[model][main]).any((1, 2)).sum()),
+            "mean_words": fmean(a["words"] for a in own.values()),
+            "mean_tokens": fmean(a["tokens"] for a in own.values()),
+            "cut_off": fmean(not a["finished"] for a in own.values()),
+        }
+    result = {"items": len(scores["base"]), "models": models, "scores": scores}
+    return json.loads(json.dumps(result), parse_constant=lambda _: None)
+
+
+def as_markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Results of one benchmark: a table with a row for each model, then what the differences say."""
+    names = list(dict.fromkeys(name for r in results for m in r["models"].values() for name in m["metrics"]))
+    rows, said = [], []
+    for r in results:
+        for model, m in r["models"].items():
+            d = m["difference"].get(names[0])
+            rows.append(
+                {
+                    "model": f"{r['model']} ({r['load_in']})" if model == "base" else model,
+                    "judge": r["judge"] or "",
+                    "items": str(r["items"]),
+                    **{name: estimate(m["metrics"].get(name)) for name in names},
+                    f"{names[0]} - base": estimate(d, "+"),
+                    "p": f"{d['p']:.2g}" if d and d["p"] is not None else "",
+                    "words": f"{m['mean_words']:.0f}",
+                    "tokens": f"{m['mean_tokens']:.0f}",
+                    "cut off": f"{m['cut_off']:.0%}",
+                    "unjudged": str(m["unjudged"]) if r["judge"] else "",
+                }
+            )
+            said += [f"{model}, {name} against base: {d['said']}" for name, d in m["difference"].items()]
+        if unjudged := sum(m["unjudged"] for m in r["models"].values()):
+            said.append(f"{unjudged} answers are unjudged and left out; the same command asks for them again")
+    filled = [name for name in rows[0] if any(row[name] for row in rows)]
+    return "\n".join([stats.aligned([filled, *([row[name] for name in filled] for row in rows)]), *said])
+
+
+def estimate(e: Mapping[str, Any] | None, sign: str = "") -> str:
+    if e is None or e["value"] is None:
+        return ""
+    interval = "" if e["low"] is None else f" [{e['low']:{sign}.3f}, {e['high']:{sign}.3f}]"
+    return f"{e['value']:{sign}.3f}{interval}"
+
+
+def side_by_side(folders: Sequence[Path]) -> str:
+    """Finished evaluations, a table for each benchmark. Raises UserError if a folder has none."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        paths = sorted(folder.glob("results*.json"))
+        if not paths:
+            raise UserError(f"{folder}: no finished evaluation there (no results*.json)")
+        for path in paths:
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                groups.setdefault(result["benchmark"], []).append(result)
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"{path} cannot be read ({error}): run that evaluation again") from None
+    tables = []
+    for benchmark, group in groups.items():
+        how = "; ".join(dict.fromkeys(r["sampling"] for r in group))
+        tables.append(f"{benchmark} ({how})\n{as_markdown(group)}")
+    return "\n\n".join(tables)
