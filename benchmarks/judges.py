@@ -28,7 +28,6 @@ CHUNK = 64  # questions of a local judge between two saves
 REPLY_TOKENS = 1_024  # of an endpoint's reply
 REPLIES = 3  # to a question, before its verdict is given up as unreadable
 REPEAT_TEMPERATURE = 0.7  # of a question asked again: greedily the same nonsense would come
-RETRIED = (408, 409, 429)  # besides 5xx, by the client
 NO_VERDICT = "no verdict in the reply"
 INSTEAD = {"max_tokens": "max_completion_tokens is sent", "temperature": "its verdicts may vary"}
 
@@ -56,15 +55,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a question came to."""
-
     question: str  # the question's id
     value: Value | None  # None: unjudged, never scored 0
     reply: str  # what the judge said
     reason: str = ""  # why it is unjudged
-
-
-Keep = Callable[[list[Verdict]], None]  # is handed verdicts as they come
 
 
 class LocalJudge:
@@ -73,7 +67,7 @@ class LocalJudge:
     def __init__(self, llm: LLM, label: str) -> None:
         self.llm, self.label = llm, label
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
+    def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
         """Hand every question's verdict to `keep`, CHUNK at a time."""
         context, kinds, fitting = self.llm.context, {}, []
         for q in questions:
@@ -91,7 +85,6 @@ class LocalJudge:
                 keep(self._verdicts(alike[start : start + CHUNK], digits, tokens))
 
     def _verdicts(self, questions: Sequence[Question], digits: str, tokens: int) -> list[Verdict]:
-        """tokens: the longest reply."""
         llm, prompts = self.llm, [self.llm.encode_messages(q.messages) for q in questions]
         with llm.adapters_off():
             if digits:
@@ -133,10 +126,11 @@ class EndpointJudge:
             max_retries=tries - 1,
         )
         self._create: Any = client.chat.completions.create  # here, as it imports what threads should not at once
+        self._errors = (openai.APIError, ValueError)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._lock = threading.Lock()
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
+    def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
         """Hand each verdict to `keep`, in this thread, as it comes. Raises UserError where all would get the same."""
         unanswered, stopped = 0, False  # unanswered: in a row
 
@@ -191,21 +185,19 @@ class EndpointJudge:
         reason = self._without_key(reason)[:500]
         if status in REMEDIES:
             raise UserError(f"the judge {self.label} at {self.url} says {reason}; {REMEDIES[status]}")
-        return Verdict(question.id, None, "", reason), 400 <= status < 500 and status not in RETRIED
+        answered = 400 <= status < 500 and status not in (408, 409, 429)  # these and 5xx are retried by the client
+        return Verdict(question.id, None, "", reason), answered
 
     def _complete(self, question: Question, temperature: float) -> Any:
         """The endpoint's reply, or the error instead. Raised, it would carry the key that a server may echo along."""
-        import openai
-
         while True:
             sent: dict[str, Any] = {"max_tokens": question.max_tokens, "temperature": temperature}
-            if "max_tokens" in self._refused:  # by OpenAI's reasoning models; other servers know no other name
-                sent["max_completion_tokens"] = sent.pop("max_tokens")
-            if "temperature" in self._refused:
-                del sent["temperature"]
+            sent = {name: value for name, value in sent.items() if name not in self._refused}
+            if "max_tokens" not in sent:  # OpenAI's reasoning models refuse it; other servers know no other name
+                sent["max_completion_tokens"] = question.max_tokens
             try:
                 completion = self._create(model=self.label, messages=question.messages, **sent)
-            except (openai.APIError, ValueError) as error:
+            except self._errors as error:
                 if (refused := refused_parameter(error)) not in sent:
                     return error
                 with self._lock:

@@ -24,27 +24,24 @@ def summary(
 
     metrics: the main one first. answers, scores: model -> item -> answer, score; the same items for all models.
     """
-    main = metrics[0]
-    arrays = {  # (items, columns, 2) each
-        model: {name: np.array([score[name] for score in own.values()]) for name in metrics}
-        for model, own in scores.items()
-    }
+
+    def array(model: str, name: str) -> np.ndarray:  # (items, columns, 2)
+        return np.array([score[name] for score in scores[model].values()])
+
     models: dict[str, Any] = {}
     for model, own in answers.items():
-        found = {name: asdict(stats.interval(arrays[model][name], clip)) for name in metrics}
-        differences = {}
-        if model != "base":
-            for name in metrics:
-                d = stats.difference(arrays["base"][name], arrays[model][name], clip)
-                differences[name] = asdict(d) | {"said": stats.sentence(d)}
-            if main == "win_rate":
-                lengths, base = (np.array([a["tokens"] for a in answers[m].values()], float) for m in (model, "base"))
-                controlled = stats.length_controlled(arrays[model][main][:, 0, 0], lengths, base)
-                found["length_controlled"] = asdict(controlled)
+        found, differences = {name: asdict(stats.interval(array(model, name), clip)) for name in metrics}, {}
+        for name in metrics if model != "base" else ():
+            d = stats.difference(array("base", name), array(model, name), clip)
+            differences[name] = asdict(d) | {"said": stats.sentence(d)}
+        if "win_rate" in differences:
+            lengths, base = (np.array([a["tokens"] for a in answers[m].values()], float) for m in (model, "base"))
+            wins = array(model, "win_rate")[:, 0, 0]
+            found["length_controlled"] = asdict(stats.length_controlled(wins, lengths, base))
         models[model] = {
             "metrics": found,
             "difference": differences,
-            "unjudged": int(np.isnan(arrays[model][main]).any((1, 2)).sum()),
+            "unjudged": int(np.isnan(array(model, metrics[0])).any((1, 2)).sum()),
             "mean_words": fmean(a["words"] for a in own.values()),
             "mean_tokens": fmean(a["tokens"] for a in own.values()),
             "cut_off": fmean(not a["finished"] for a in own.values()),
@@ -60,20 +57,13 @@ def as_markdown(results: Sequence[dict[str, Any]]) -> str:
     for r in results:
         for model, m in r["models"].items():
             d = m["difference"].get(names[0])
-            rows.append(
-                {
-                    "model": f"{r['model']} ({r['load_in']})" if model == "base" else model,
-                    "judge": r["judge"] or "",
-                    "items": str(r["items"]),
-                    **{name: estimate(m["metrics"].get(name)) for name in names},
-                    f"{names[0]} - base": estimate(d, "+"),
-                    "p": f"{d['p']:.2g}" if d and d["p"] is not None else "",
-                    "words": f"{m['mean_words']:.0f}",
-                    "tokens": f"{m['mean_tokens']:.0f}",
-                    "cut off": f"{m['cut_off']:.0%}",
-                    "unjudged": str(m["unjudged"]) if r["judge"] else "",
-                }
-            )
+            row = {"model": f"{r['model']} ({r['load_in']})" if model == "base" else model, "judge": r["judge"] or ""}
+            row["items"] = str(r["items"])
+            row |= {name: estimate(m["metrics"].get(name)) for name in names}
+            row |= {f"{names[0]} - base": estimate(d, "+"), "p": f"{d['p']:.2g}" if d and d["p"] is not None else ""}
+            row |= {"words": f"{m['mean_words']:.0f}", "tokens": f"{m['mean_tokens']:.0f}"}
+            row |= {"cut off": f"{m['cut_off']:.0%}", "unjudged": str(m["unjudged"]) if r["judge"] else ""}
+            rows.append(row)
             said += [f"{model}, {name} against base: {d['said']}" for name, d in m["difference"].items()]
         if unjudged := sum(m["unjudged"] for m in r["models"].values()):
             said.append(f"{unjudged} answers are unjudged and left out; the same command asks for them again")
@@ -92,8 +82,7 @@ def side_by_side(folders: Sequence[Path]) -> str:
     """Finished evaluations, a table for each benchmark. Raises UserError if a folder has none."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
-        paths = sorted(folder.glob("results*.json"))
-        if not paths:
+        if not (paths := sorted(folder.glob("results*.json"))):
             raise UserError(f"{folder}: no finished evaluation there (no results*.json)")
         for path in paths:
             try:
@@ -101,8 +90,7 @@ def side_by_side(folders: Sequence[Path]) -> str:
                 groups.setdefault(result["benchmark"], []).append(result)
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(f"{path} cannot be read ({error}): run that evaluation again") from None
-    tables = []
-    for benchmark, group in groups.items():
-        how = "; ".join(dict.fromkeys(r["sampling"] for r in group))
-        tables.append(f"{benchmark} ({how})\n{as_markdown(group)}")
-    return "\n\n".join(tables)
+    return "\n\n".join(
+        f"{benchmark} ({'; '.join(dict.fromkeys(r['sampling'] for r in group))})\n{as_markdown(group)}"
+        for benchmark, group in groups.items()
+    )
