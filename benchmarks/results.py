@@ -28,7 +28,7 @@ def summary(
     def array(model: str, name: str) -> np.ndarray:  # (items, columns, 2)
         return np.array([score[name] for score in scores[model].values()])
 
-    models: dict[str, Any] = {}
+    models = {}
     for model, own in answers.items():
         found, differences = {name: asdict(stats.interval(array(model, name), clip)) for name in metrics}, {}
         for name in metrics if model != "base" else ():

