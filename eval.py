@@ -83,8 +83,8 @@ def settle(args: argparse.Namespace) -> list[Adapter]:
     adapters = [find_adapter(name) for name in args.adapter]
     if len({a.label for a in adapters}) < len(adapters):
         raise UserError("--adapter: the same adapter twice")
-    names = ("model", "load_in", "task", "corpus", "seed")
-    args.config = configure(args, names, adapters[0].run if adapters else None)
+    run = adapters[0].run if adapters else None
+    args.config = configure(args, ("model", "load_in", "task", "corpus", "seed"), run)
     args.model, args.load_in = args.config.model, args.config.load_in
     for adapter in adapters:
         if Path(adapter.base).name != Path(model.resolve(args.model)).name:
@@ -116,10 +116,7 @@ def replies(llm: LLM, conversations: Sequence[Messages], args: argparse.Namespac
 
 
 def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> Answers:
-    """Those that are on disk are read, the others generated and written down CHUNK by CHUNK.
-
-    A reasoning model's thoughts are on disk, but not in what is returned: nobody judges or counts them.
-    """
+    """Those on disk are read, the others generated and appended. Thoughts stay there: nobody judges or counts them."""
     path = args.folder / f"answers-{label}.jsonl"
     asked = {item.id: digest(item.messages) for item in items}
     had = {r["id"]: r for r in read_records(path) if asked.get(r["id"]) == r["asked"]}
@@ -162,9 +159,8 @@ def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namesp
     """The items of `heldout`: written by the base model once for this folder, from documents no adapter has seen."""
     cfg, path = args.config, args.folder / "heldout.jsonl"
     seen = {e["document"]["text"] for a in adapters if a.run for e in read_records(a.run / "episodes.jsonl")}
-    for adapter in adapters:
-        if not adapter.run:
-            tqdm.write(f"{adapter.label} is no run's: that it has not seen these documents is for you to know")
+    for adapter in (a for a in adapters if not a.run):
+        tqdm.write(f"{adapter.label} is no run's: that it has not seen these documents is for you to know")
     unseen = (  # adapters may have seen more or less of a document than is used here
         d
         for d in heldout.candidates(pop.open_corpus(cfg), cfg)
@@ -193,8 +189,7 @@ def verdicts_of(
         for record in read_records(path)
         if record["value"] is not None and asked.get(record["question"]) == record["asked"]
     }
-    todo = [q for q in questions if q.id not in values]
-    if todo:
+    if todo := [q for q in questions if q.id not in values]:
         print(f"{label}: {len(values)} of {len(questions)} verdicts are there, {len(todo)} to ask for")
         with tqdm(total=len(todo), desc="judge", unit="verdict", leave=False) as bar:
 
@@ -221,8 +216,9 @@ def run_benchmark(args: argparse.Namespace) -> None:
     args.max_new_tokens = args.max_new_tokens or bench.max_new_tokens or args.config.max_new_tokens
     args.folder = make_folder(args)
     with checkpoint.locked(args.folder):
-        for file in (f for name in ("answers-*", "verdicts-*", "heldout") for f in args.folder.glob(f"{name}.jsonl")):
-            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a last line, which a killed process left
+        for name in ("answers-*.jsonl", "verdicts-*.jsonl", "heldout.jsonl"):
+            for file in args.folder.glob(name):
+                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a last line, which a killed process left
         print(f"{args.bench}: {bench.about}\n{args.model} in {args.load_in}, {sampling(args)}; all in {args.folder}/")
         llm = load_model(args.model, args.config)
         items = unseen_problems(llm, adapters, args) if args.bench == "heldout" else items
@@ -233,7 +229,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             llm.take_adapter(adapter.folder)
             answers[adapter.label] = answers_of(llm, items, adapter.label, args)
         if bench.judged and judge is None and args.judge in (None, args.model):
-            print("the judge is the base model: if it also judged in the training, it flatters what it trained")
+            print("the judge is the base model, which flatters what it trained (another: --judge, --judge-url)")
             judge = LocalJudge(llm, "base")
         elif bench.judged and judge is None:
             del llm  # it makes room for the judge
@@ -245,7 +241,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             asked = {i.id: bench.questions(i, own[i.id]["text"], answers["base"][i.id]["text"]) for i in items}
             values = verdicts_of(judge, [q for each in asked.values() for q in each], label, args) if judge else {}
             scores[label] = {i.id: bench.score(i, own[i.id], [values[q.id] for q in asked[i.id]]) for i in items}
-        result = results.summary(bench.metrics, bench.clip, answers, scores)
+        result = results.summary(bench, answers, scores)
         result |= {"benchmark": args.bench, "model": args.model, "load_in": args.load_in, "sampling": sampling(args)}
         result |= {"data": args.data or "packaged", "judge": judge.label if judge else None}
         path = args.folder / (f"results-{slug(judge.label)}.json" if judge else "results.json")
@@ -259,9 +255,11 @@ def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
         raise UserError("winrate compares an adapter with the base model: give --adapter RUN")
     if args.judge_url and not args.judge:
         raise UserError("--judge-url needs --judge NAME, the model that the endpoint is to use")
-    for name, least in (("limit", "1"), ("max_new_tokens", "1"), ("temperature", "0 (greedy)")):
-        if (value := getattr(args, name)) is not None and value < float(least[0]):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    for flag, value in (("limit", args.limit), ("max-new-tokens", args.max_new_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be 1 or more")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: must be 0 (greedy) or more")
 
 
 def make_folder(args: argparse.Namespace) -> Path:

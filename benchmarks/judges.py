@@ -26,8 +26,6 @@ Value = float | list[float]  # what a verdict is: 0 or 1, a score, ratings, a pr
 
 CHUNK = 64  # questions of a local judge between two saves
 REPLY_TOKENS = 1_024  # of an endpoint's reply
-REPLIES = 3  # to a question, before its verdict is given up as unreadable
-REPEAT_TEMPERATURE = 0.7  # of a question asked again: greedily the same nonsense would come
 NO_VERDICT = "no verdict in the reply"
 INSTEAD = {"max_tokens": "max_completion_tokens is sent", "temperature": "its verdicts may vary"}
 
@@ -91,19 +89,16 @@ class LocalJudge:
                 return [Verdict(q.id, value, "") for q, value in zip(questions, values, strict=True)]
             forms = [q.form for q in questions]
             outputs = llm.generate(prompts, max_new_tokens=tokens, temperature=0, forms=forms, desc="judge")
-        verdicts = []
-        for q, (completion,) in zip(questions, outputs, strict=True):
-            value = q.read(final_answer(completion.text))
-            verdicts.append(Verdict(q.id, value, completion.text, NO_VERDICT if value is None else ""))
-        return verdicts
+        read = [(q.id, q.read(final_answer(c.text)), c.text) for q, (c,) in zip(questions, outputs, strict=True)]
+        return [Verdict(*each, NO_VERDICT if each[1] is None else "") for each in read]
 
 
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint, asked by `workers` threads at once, at temperature 0.
 
-    url: its base, such as http://host:8000/v1. The key is read from JUDGE_API_KEY or OPENAI_API_KEY; it is in no
-    message, reply or file. timeout: seconds to wait for an answer. tries: how often a question is sent while the
-    endpoint gives none, with growing pauses. give_up: after so many in a row without an answer, no more are asked.
+    The key is read from JUDGE_API_KEY or OPENAI_API_KEY; it is in no message, reply or file. timeout: in seconds.
+    tries: how often a question is sent while the endpoint gives no answer, with growing pauses. give_up: after so many
+    questions in a row without an answer, no more are asked.
     Raises UserError for a url that is none, a key that cannot be one, and without the package openai.
     """
 
@@ -130,7 +125,7 @@ class EndpointJudge:
 
     def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
         """Hand each verdict to `keep`, in this thread, as it comes. Raises UserError where all would get the same."""
-        unanswered, stopped = 0, False  # unanswered: in a row
+        unanswered, stopped = 0, False
 
         def work(question: Question) -> Verdict:
             nonlocal unanswered, stopped
@@ -158,8 +153,8 @@ class EndpointJudge:
     def _verdict(self, question: Question) -> tuple[Verdict, bool]:
         """The verdict, and whether the endpoint answered. Raises UserError for an answer that is one of REMEDIES."""
         text = reason = ""
-        for attempt in range(REPLIES):
-            choice = self._complete(question, REPEAT_TEMPERATURE if attempt else 0.0)
+        for temperature in (0.0, 0.7, 0.7):  # asked again greedily, the same nonsense would come
+            choice = self._complete(question, temperature)
             if isinstance(choice, Exception):
                 return self._unanswered(question, choice)
             content = choice.message.content
@@ -168,8 +163,8 @@ class EndpointJudge:
             value = question.read(said) if said else None
             if value is not None:
                 return Verdict(question.id, value, self._without_key(text)), True
-            cut = choice.finish_reason == "length"
-            reason = f"{NO_VERDICT}, which was cut off at {question.max_tokens} tokens" if cut else NO_VERDICT
+            cut_off = f", which was cut off at {question.max_tokens} tokens"
+            reason = NO_VERDICT + (cut_off if choice.finish_reason == "length" else "")
         return Verdict(question.id, None, self._without_key(text), reason), True
 
     def _unanswered(self, question: Question, failure: Exception) -> tuple[Verdict, bool]:
@@ -228,7 +223,7 @@ def refused_parameter(error: Exception) -> str:
 
 def checked_url(url: str) -> str:
     """Raises UserError unless it is the base of an endpoint. One with a password or a query is not repeated."""
-    if any(mark in url for mark in "@?#"):
+    if set("@?#") & set(url):
         raise UserError("the judge's url must have no user, password, ? or #: give a key in JUDGE_API_KEY")
     with contextlib.suppress(ValueError):  # brackets, a port
         parts = urlsplit(url)
@@ -239,9 +234,8 @@ def checked_url(url: str) -> str:
 
 def api_key() -> str:
     """Raises UserError for a key that no header can carry, which an error of the client would spell out."""
-    for name in ("JUDGE_API_KEY", "OPENAI_API_KEY"):
-        if key := os.environ.get(name, "").strip():
-            if not (key.isascii() and key.isprintable()):
-                raise UserError(f"{name} has characters that no key has: copy it again")
-            return key
-    return ""
+    keys = [os.environ.get(name, "").strip() for name in ("JUDGE_API_KEY", "OPENAI_API_KEY")]
+    key = keys[0] or keys[1]
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("JUDGE_API_KEY or OPENAI_API_KEY has characters that no key has: copy it again")
+    return key

@@ -9,21 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sets import Scores
+from benchmarks.sets import Benchmark, Scores
 from data import UserError
 from engine import stats
 
 
 def summary(
-    metrics: Sequence[str],
-    clip: stats.Clip,
-    answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    scores: Mapping[str, Mapping[str, Scores]],
+    bench: Benchmark, answers: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Mapping[str, Scores]]
 ) -> dict[str, Any]:
     """Every metric of every model, and its paired difference to that of the model `base`. As in JSON, NaN is None.
 
-    metrics: the main one first. answers, scores: model -> item -> answer, score; the same items for all models.
+    answers, scores: model -> item -> answer, score; the same items for all models.
     """
+    metrics, clip = bench.metrics, bench.clip
 
     def array(model: str, name: str) -> np.ndarray:  # (items, columns, 2)
         return np.array([score[name] for score in scores[model].values()])
@@ -36,8 +34,9 @@ def summary(
             differences[name] = asdict(d) | {"said": stats.sentence(d)}
         if "win_rate" in differences:
             lengths, base = (np.array([a["tokens"] for a in answers[m].values()], float) for m in (model, "base"))
-            wins = array(model, "win_rate")[:, 0, 0]
-            found["length_controlled"] = asdict(stats.length_controlled(wins, lengths, base))
+            found["length_controlled"] = asdict(
+                stats.length_controlled(array(model, "win_rate")[:, 0, 0], lengths, base)
+            )
         models[model] = {
             "metrics": found,
             "difference": differences,
@@ -57,8 +56,8 @@ def as_markdown(results: Sequence[dict[str, Any]]) -> str:
     for r in results:
         for model, m in r["models"].items():
             d = m["difference"].get(names[0])
-            row = {"model": f"{r['model']} ({r['load_in']})" if model == "base" else model, "judge": r["judge"] or ""}
-            row["items"] = str(r["items"])
+            row = {"model": f"{r['model']} ({r['load_in']})" if model == "base" else model}
+            row |= {"judge": r["judge"] or "", "items": str(r["items"])}
             row |= {name: estimate(m["metrics"].get(name)) for name in names}
             row |= {f"{names[0]} - base": estimate(d, "+"), "p": f"{d['p']:.2g}" if d and d["p"] is not None else ""}
             row |= {"words": f"{m['mean_words']:.0f}", "tokens": f"{m['mean_tokens']:.0f}"}
@@ -67,15 +66,14 @@ def as_markdown(results: Sequence[dict[str, Any]]) -> str:
             said += [f"{model}, {name} against base: {d['said']}" for name, d in m["difference"].items()]
         if unjudged := sum(m["unjudged"] for m in r["models"].values()):
             said.append(f"{unjudged} answers are unjudged and left out; the same command asks for them again")
-    filled = [name for name in rows[0] if any(row[name] for row in rows)]
-    return "\n".join([stats.aligned([filled, *([row[name] for name in filled] for row in rows)]), *said])
+    head = [name for name in rows[0] if any(row[name] for row in rows)]
+    return "\n".join([stats.aligned([head, *([row[name] for name in head] for row in rows)]), *said])
 
 
 def estimate(e: Mapping[str, Any] | None, sign: str = "") -> str:
     if e is None or e["value"] is None:
         return ""
-    interval = "" if e["low"] is None else f" [{e['low']:{sign}.3f}, {e['high']:{sign}.3f}]"
-    return f"{e['value']:{sign}.3f}{interval}"
+    return f"{e['value']:{sign}.3f}" + ("" if e["low"] is None else f" [{e['low']:{sign}.3f}, {e['high']:{sign}.3f}]")
 
 
 def side_by_side(folders: Sequence[Path]) -> str:

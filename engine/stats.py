@@ -105,8 +105,7 @@ def scored(scores: np.ndarray) -> np.ndarray:
 
 def metric(scores: np.ndarray, items: np.ndarray, clip: Clip) -> np.ndarray:
     """Of the scored items of each resample, (resamples, items) -> (resamples,); NaN where a column has no weight."""
-    sums = scores[items].sum(1)  # (resamples, columns, 2)
-    numerators, weights = sums[..., 0], sums[..., 1]
+    numerators, weights = np.moveaxis(scores[items].sum(1), -1, 0)  # (resamples, columns) each
     ratios = np.divide(numerators, weights, out=np.full(weights.shape, np.nan), where=weights != 0)
     return ratios.mean(-1) if clip is None else np.clip(ratios.mean(-1), *clip)
 

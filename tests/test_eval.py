@@ -487,6 +487,12 @@ def test_chat_asks_both_models_with_their_own_histories(tiny, tmp_path, run, mon
 # ------------------------------------------------------------------------------------------------- results
 
 
+def measured(*metrics, clip=None):
+    bench = benchmarks.Benchmark()
+    bench.metrics, bench.clip = metrics, clip
+    return bench
+
+
 def test_the_table_and_the_summary_are_of_the_numbers_given():
     answers = {
         m: {i: {"words": w, "tokens": 2 * w, "finished": w < 9} for i, w in zip("abc", ws, strict=True)}
@@ -496,7 +502,7 @@ def test_the_table_and_the_summary_are_of_the_numbers_given():
         "base": {"a": {"m": [(1.0, 1.0)]}, "b": {"m": [(0.0, 1.0)]}, "c": {"m": [(math.nan, math.nan)]}},
         "new": {"a": {"m": [(1.0, 1.0)]}, "b": {"m": [(1.0, 1.0)]}, "c": {"m": [(1.0, 1.0)]}},
     }
-    found = results.summary(["m"], None, answers, scores)
+    found = results.summary(measured("m"), answers, scores)
     base, new = found["models"]["base"], found["models"]["new"]
     assert (base["metrics"]["m"]["value"], new["metrics"]["m"]["value"]) == (0.5, 1.0)
     assert (base["unjudged"], new["unjudged"]) == (1, 0)
@@ -515,6 +521,6 @@ def test_the_table_and_the_summary_are_of_the_numbers_given():
 def test_a_metric_s_interval_is_that_of_stats():
     scores = {"base": {str(i): {"m": [(float(i % 3), 2.0)]} for i in range(30)}}
     answers = {"base": {str(i): {"words": 1, "tokens": 1, "finished": True} for i in range(30)}}
-    found = results.summary(["m"], (0.0, 1.0), answers, scores)["models"]["base"]["metrics"]["m"]
+    found = results.summary(measured("m", clip=(0.0, 1.0)), answers, scores)["models"]["base"]["metrics"]["m"]
     expected = stats.interval(np.array([[[i % 3, 2]] for i in range(30)], float), (0.0, 1.0))
     assert found == {"value": expected.value, "low": expected.low, "high": expected.high, "n": 30}

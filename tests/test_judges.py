@@ -437,7 +437,7 @@ def test_without_a_key_nothing_is_hidden(endpoint):
 @pytest.mark.parametrize("key", ["sk-\u201cquoted\u201d", "sk-two\nlines"])
 def test_a_key_that_no_header_can_carry_is_refused_without_repeating_it(endpoint, monkeypatch, key):
     monkeypatch.setenv("JUDGE_API_KEY", key)
-    with pytest.raises(UserError, match="JUDGE_API_KEY has characters that no key has") as caught:
+    with pytest.raises(UserError, match="JUDGE_API_KEY or OPENAI_API_KEY has characters that no key has") as caught:
         EndpointJudge("http://127.0.0.1/v1", "big")
     assert "sk-" not in str(caught.value)
 
