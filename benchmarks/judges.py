@@ -96,9 +96,8 @@ class LocalJudge:
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint, asked by `workers` threads at once, at temperature 0.
 
-    The key is read from JUDGE_API_KEY or OPENAI_API_KEY; it is in no message, reply or file. timeout: in seconds.
-    tries: how often a question is sent while the endpoint gives no answer, with growing pauses. give_up: after so many
-    questions in a row without an answer, no more are asked.
+    The key of JUDGE_API_KEY or OPENAI_API_KEY is in no message, reply or file. timeout: seconds. tries: of a question,
+    with growing pauses, while no answer comes. give_up: after so many questions without an answer, no more are asked.
     Raises UserError for a url that is none, a key that cannot be one, and without the package openai.
     """
 

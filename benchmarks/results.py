@@ -21,16 +21,18 @@ def summary(
 
     answers, scores: model -> item -> answer, score; the same items for all models.
     """
-    metrics, clip = bench.metrics, bench.clip
 
     def array(model: str, name: str) -> np.ndarray:  # (items, columns, 2)
         return np.array([score[name] for score in scores[model].values()])
 
     models = {}
     for model, own in answers.items():
-        found, differences = {name: asdict(stats.interval(array(model, name), clip)) for name in metrics}, {}
-        for name in metrics if model != "base" else ():
-            d = stats.difference(array("base", name), array(model, name), clip)
+        found, differences = (
+            {name: asdict(stats.interval(array(model, name), bench.clip)) for name in bench.metrics},
+            {},
+        )
+        for name in bench.metrics if model != "base" else ():
+            d = stats.difference(array("base", name), array(model, name), bench.clip)
             differences[name] = asdict(d) | {"said": stats.sentence(d)}
         if "win_rate" in differences:
             lengths, base = (np.array([a["tokens"] for a in answers[m].values()], float) for m in (model, "base"))
@@ -40,7 +42,7 @@ def summary(
         models[model] = {
             "metrics": found,
             "difference": differences,
-            "unjudged": int(np.isnan(array(model, metrics[0])).any((1, 2)).sum()),
+            "unjudged": int(np.isnan(array(model, bench.metrics[0])).any((1, 2)).sum()),
             "mean_words": fmean(a["words"] for a in own.values()),
             "mean_tokens": fmean(a["tokens"] for a in own.values()),
             "cut_off": fmean(not a["finished"] for a in own.values()),
@@ -55,14 +57,12 @@ def as_markdown(results: Sequence[dict[str, Any]]) -> str:
     rows, said = [], []
     for r in results:
         for model, m in r["models"].items():
-            d = m["difference"].get(names[0])
-            row = {"model": f"{r['model']} ({r['load_in']})" if model == "base" else model}
-            row |= {"judge": r["judge"] or "", "items": str(r["items"])}
+            d, name = m["difference"].get(names[0]), f"{r['model']} ({r['load_in']})" if model == "base" else model
+            row = {"model": name, "judge": r["judge"] or "", "items": str(r["items"])}
             row |= {name: estimate(m["metrics"].get(name)) for name in names}
             row |= {f"{names[0]} - base": estimate(d, "+"), "p": f"{d['p']:.2g}" if d and d["p"] is not None else ""}
             row |= {"words": f"{m['mean_words']:.0f}", "tokens": f"{m['mean_tokens']:.0f}"}
-            row |= {"cut off": f"{m['cut_off']:.0%}", "unjudged": str(m["unjudged"]) if r["judge"] else ""}
-            rows.append(row)
+            rows.append(row | {"cut off": f"{m['cut_off']:.0%}", "unjudged": str(m["unjudged"]) if r["judge"] else ""})
             said += [f"{model}, {name} against base: {d['said']}" for name, d in m["difference"].items()]
         if unjudged := sum(m["unjudged"] for m in r["models"].values()):
             said.append(f"{unjudged} answers are unjudged and left out; the same command asks for them again")
