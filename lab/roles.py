@@ -25,7 +25,7 @@ import model
 import pop
 import rubric
 from data import HUB_CORPORA, Document, UserError
-from engine import fast
+from engine import fast, sources
 from lab import plan
 from lab.plan import GIB, Batch, PeakMemory, Shapes
 from rubric import Criterion, Episode, content_words
@@ -204,7 +204,7 @@ def roles(args: argparse.Namespace, flags: Sequence[str]) -> None:
     for task in args.tasks:
         cfg = pop.parse_args(["--preset", args.preset, "--model", args.model, "--task", task, *flags])
         torch.manual_seed(cfg.seed)
-        corpus = pop.open_corpus(replace(cfg, corpus=cfg.corpus or "samples"))
+        corpus = sources.open_corpus(replace(cfg, corpus=cfg.corpus or "samples"))
         start = time.perf_counter()
         path = out / f"{task}.jsonl"
         episodes, above = play(llm, list(islice(corpus.epoch(0), args.documents)), cfg, path)
