@@ -383,10 +383,8 @@ def json_lines(records: Iterable[Any]) -> str:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file, none if it is missing. A last line without its end, as a process that is killed while it writes leaves
+    """The objects of a JSON Lines file. A last line without its end, as a process that is killed while it writes leaves
     it, is left out; any other line that holds no object is named and skipped. Raises OSError."""
-    if not path.exists():
-        return
     *lines, _ = path.read_bytes().split(b"\n")  # no str.splitlines, for which U+2028 ends a line too
     for number, line in enumerate(lines, start=1):
         try:

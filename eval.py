@@ -102,6 +102,10 @@ def load_model(name: str, cfg: Config, token_budget: int = TOKEN_BUDGET) -> LLM:
     )
 
 
+def written(path: Path) -> list[dict[str, Any]]:
+    return list(read_lines(path)) if path.exists() else []
+
+
 def replies(llm: LLM, conversations: Sequence[Messages], args: argparse.Namespace, desc: str) -> list[Completion]:
     prompts = [llm.encode_messages(messages) for messages in conversations]
     outputs = llm.generate(prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, desc=desc)
@@ -112,7 +116,7 @@ def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Names
     """Those on disk are read, the others generated and appended. Thoughts stay there: nobody judges or counts them."""
     path = args.folder / f"answers-{label}.jsonl"
     asked = {item.id: digest(item.messages) for item in items}
-    had = {r["id"]: r for r in read_lines(path) if asked.get(r["id"]) == r["asked"]}
+    had = {r["id"]: r for r in written(path) if asked.get(r["id"]) == r["asked"]}
     todo = [item for item in items if item.id not in had]
     for start in tqdm(range(0, len(todo), CHUNK), desc=f"answers of {label}", unit="prompt", unit_scale=CHUNK):
         chunk = todo[start : start + CHUNK]
@@ -160,7 +164,7 @@ def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namesp
         if not any(d.text.startswith(text) or text.startswith(d.text) for text in seen)
     )
     documents = list(islice(unseen, args.limit or 64))
-    had = data.read(path) if path.exists() else []
+    had = read_episodes(path) if path.exists() else []
     todo = [d for d in documents if d not in [e.document for e in had]]
     for start in tqdm(range(0, len(todo), 8), desc="problems", unit="document", unit_scale=8):
         new = heldout.make(llm, todo[start : start + 8], cfg)
@@ -179,7 +183,7 @@ def verdicts_of(
     asked = {q.id: digest(q.messages) for q in questions}
     values = {
         record["question"]: record["value"]
-        for record in read_lines(path)
+        for record in written(path)
         if record["value"] is not None and asked.get(record["question"]) == record["asked"]
     }
     if todo := [q for q in questions if q.id not in values]:
