@@ -29,7 +29,7 @@ from benchmarks import results
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdict
 from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
 from config import PRESETS, Config, pick_preset, stored_config
-from data import HUB_CORPORA, UserError, read_lines
+from data import HUB_CORPORA, UserError, read_episodes, read_lines
 from engine import audit, checkpoint, heldout, runlog, sources
 from model import LLM, Completion
 
