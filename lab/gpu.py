@@ -157,66 +157,45 @@ def small_llm(device: torch.device, seed: int = 0) -> LLM:
 
 def random_llm(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> LLM:
     """As model.load makes it of weights on disk."""
-    tokenizer = byte_tokenizer()
-    base = random_base(shapes, tokenizer.eos_token_id, device, dtype)
+    base, tokenizer = random_base(shapes, device, dtype)
     lora = peft.LoraConfig(r=32, lora_alpha=64, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     return LLM(peft.get_peft_model(base, lora), tokenizer, dtype=dtype, token_budget=49_152)
 
 
-def random_base(shapes: Shapes, eos: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Qwen2 with random weights, quantized on the device one matrix at a time: in 16 bits a 7B takes 15 GB."""
+def random_base(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A Qwen2 with random weights, in NF4 as transformers makes it of a model that it loads; and a tokenizer.
+
+    A 7B takes 15 GB before it is quantized.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(vocab_size=shapes.vocab, hidden_size=shapes.hidden, num_hidden_layers=shapes.layers)
     sizes |= dict(intermediate_size=shapes.intermediate, num_attention_heads=shapes.heads)
     sizes |= dict(num_key_value_heads=shapes.kv_heads, max_position_embeddings=32_768)
-    config = transformers.Qwen2Config(**sizes)
-    with torch.device("meta"):
-        base: Any = transformers.Qwen2ForCausalLM(config)
-    base.model.rotary_emb = type(base.model.rotary_emb)(config).to(device)  # its frequencies are no weights
+    with device:
+        base: Any = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**sizes), dtype=dtype)
+    nf4: dict[str, Any] = dict(quant_type="nf4", compress_statistics=True)
     for name, module in list(base.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            base.set_submodule(name, nf4_linear(module, device, dtype))
-        elif any(weight.is_meta for weight in module.parameters(recurse=False)):  # embedding, output head, norms
-            module.to(dtype).to_empty(device=device, recurse=False)
-            for weight in module.parameters(recurse=False):
-                torch.nn.init.normal_(weight, std=0.02) if weight.ndim > 1 else torch.nn.init.ones_(weight)
+            has_bias = module.bias is not None
+            layer = Linear4bit(module.in_features, module.out_features, has_bias, dtype, **nf4, device="meta")
+            quantized: Any = Params4bit(module.weight.data, requires_grad=False, module=layer, **nf4)
+            layer.weight, layer.bias = quantized.to(device), module.bias
+            base.set_submodule(name, layer)
     base.is_loaded_in_4bit = True
-    base.generation_config.eos_token_id = [eos]
-    return base.requires_grad_(False).eval()
-
-
-def nf4_linear(like: torch.nn.Linear, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """A random linear layer in NF4 with double quantization, as transformers makes it when a model is loaded."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    weight = torch.randn(like.out_features, like.in_features, device=device, dtype=dtype).mul_(0.02)
-    nf4: dict[str, Any] = dict(quant_type="nf4", compress_statistics=True)
-    layer = Linear4bit(like.in_features, like.out_features, like.bias is not None, dtype, **nf4, device="meta")
-    quantized: Any = Params4bit(weight, requires_grad=False, module=layer, **nf4)
-    layer.weight = quantized.to(device)
-    if like.bias is not None:
-        layer.bias = torch.nn.Parameter(torch.zeros(like.out_features, device=device, dtype=dtype))
-    return layer
+    tokenizer = byte_tokenizer()
+    base.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    return base.requires_grad_(False).eval(), tokenizer
 
 
 # --------------------------------------------------------------------------------------------------- attention
 
 
 def attention(s: Part) -> None:
-    """What cuDNN's kernels cost at lengths that are new, as in decoding, and what a mask costs in training."""
-    q, k = (torch.randn(32, 4, n, 128, device=s.device, dtype=s.dtype) for n in (7, 2048))
-    mask = fast.additive(torch.ones(32, 1, 1, 2048, dtype=torch.bool, device=s.device), s.dtype)
-    lengths = range(200, 202 if s.rehearse else 220)
-
-    def decoding_steps() -> None:
-        for n in lengths:
-            F.scaled_dot_product_attention(q, k[:, :, :n], k[:, :, :n], attn_mask=mask[..., :n])
-
+    """What a mask costs in training, and whether gradients under one are finite, with cuDNN's kernels and without."""
     for how, on in (("cuDNN on", True), ("cuDNN off", False)):  # model.LLM switches it off
         torch.backends.cuda.enable_cudnn_sdp(on)
-        with s.alone(f"{how}, decoding"):
-            for time_of in ("a new length", "the same again"):
-                s.note(f"{how}, decoding, {time_of}: ms", milliseconds(decoding_steps) / len(lengths))
         for length in (48, 90) if s.rehearse else (704, 3_514):
             with s.alone(f"{how}, T={length}"):
                 attention_in_training(s, f"{how}, T={length}", length)
@@ -298,7 +277,7 @@ def memory(s: Part) -> None:
     llm = random_llm(s.shapes, s.device, s.dtype)
     cfg = Config(**{**PRESETS["24gb"], "preset": "24gb", **(TINY_PHASES if s.rehearse else {})})
     work, meter = work_of(cfg), bench.Meter()
-    planned = plan.predict(s.shapes, work, device="cuda", lora_r=32, bf16=s.dtype == torch.bfloat16)
+    planned = plan.predict(s.shapes, work, "cuda", cfg, bf16=s.dtype == torch.bfloat16)
     moments = [torch.zeros_like(p) for p in pop.trainable(llm) for _ in range(2)]  # AdamW's, from the second step on
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -386,9 +365,7 @@ def build(name: str, work: bench.Work, shapes: Shapes, cap: float) -> Any:
         return bench.Ours(work, random_llm(shapes, device, dtype))
     from lab.trl_bench import Theirs
 
-    tokenizer = byte_tokenizer()
-    base = random_base(shapes, tokenizer.eos_token_id, device, dtype)
-    return Theirs(work, (base, tokenizer), use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16)
+    return Theirs(work, random_base(shapes, device, dtype), use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16)
 
 
 def step(s: Part) -> None:

@@ -4,7 +4,6 @@ Memory is arithmetic over the shapes of the model; `python -m lab.gpu` holds it 
 D hidden size, I the MLP's inner size, T tokens of a row; every size is in bytes unless it says otherwise.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,38 +118,31 @@ def shapes_of(name: str) -> Shapes:
 
 
 def predict(
-    shapes: Shapes,
-    work: Mapping[str, Batch],
-    *,
-    device: Device,
-    load_in: str = "4bit",
-    lora_r: int = 32,
-    dequantize: bool = False,
-    recompute: bool = True,
-    bf16: bool = True,
+    shapes: Shapes, work: Mapping[str, Batch], device: Device, cfg: Config, dequantize: bool = False, bf16: bool = True
 ) -> dict[str, int]:
     """Peak bytes of "load" and of each role of `work`, from a run's second step on, when Adam's two moments exist.
 
-    dequantize: all roles but "update" compute from a dequantized copy of the weights. recompute: activations are
-    computed again in the backward pass. bf16: a CUDA card has it, as all since Ampere do; others compute in fp32.
+    dequantize: all roles but "update" compute from a dequantized copy of the weights. bf16: a CUDA card has it, as all
+    since Ampere do; others compute in fp32. Of cfg: how the model is loaded and trained, not the lengths.
     """
-    dtype = {"4bit": 2 if device == "cuda" and bf16 else 4, "bf16": 2, "fp32": 4}[load_in]
+    nf4 = cfg.load_in == "4bit"
+    dtype = {"4bit": 2 if device == "cuda" and bf16 else 4, "bf16": 2, "fp32": 4}[cfg.load_in]
     # NF4: half a byte a weight, a byte to scale each 64, an fp32 to scale each 256 of those.
-    linear = 0.5 + 1 / 64 + 4 / (64 * 256) if load_in == "4bit" else dtype
-    lora = shapes.lora_params(lora_r)
+    linear = 0.5 + 1 / 64 + 4 / (64 * 256) if nf4 else dtype
+    lora = shapes.lora_params(cfg.lora_r)
     base = int(shapes.linear_params * linear) + shapes.other_params * dtype
     resident = base + 12 * lora  # fp32 adapters with their moments
     casts = 2 * lora if dtype == 2 else 0  # autocast keeps a bf16 copy of each adapter
     # One weight dequantized to be multiplied. While it is quantized at loading there are three in fp32 (as read,
     # scaled, rounded); on CUDA one kernel does it. The embedding, in the 16 bits it is read in, may be larger.
-    weight = max(n * m for n, m in shapes.linears) * dtype if load_in == "4bit" else 0
+    weight = max(n * m for n, m in shapes.linears) * dtype if nf4 else 0
     embedding = 2 * shapes.vocab * shapes.hidden if dtype == 4 else 0
     result = {"load": base + 4 * lora + max(embedding, weight if device == "cuda" else 3 * weight)}
     # In fp32 the output head once more, in the layout that decoding wants.
     copy = dtype * (shapes.linear_params + (shapes.vocab * shapes.hidden if dtype == 4 else 0))
     for role, batch in work.items():
         if role == "update":  # with gradients
-            activations = update_bytes(shapes, batch, dtype, lora_r, recompute, LOGITS_CHUNK_BYTES[device])
+            activations = update_bytes(shapes, batch, dtype, cfg.lora_r, cfg.recompute, LOGITS_CHUNK_BYTES[device])
             result[role] = resident + 4 * lora + casts + weight + activations
         else:
             activations = rollout_bytes(shapes, batch, dtype, READ_TOKENS[device])
@@ -240,12 +232,10 @@ def plan(cfg: Config) -> str:
     """What --dry-run prints: for the model of `cfg`, and for CUDA if there is one or the preset is made for one."""
     shapes, here = shapes_of(cfg.model), torch.cuda.is_available()
     device: Device = "cuda" if here or cfg.preset in ("16gb", "24gb", "48gb") else "cpu"
-
-    predicted = functools.partial(predict, shapes, work_of(cfg, device), device=device, load_in=cfg.load_in)
-    bf16 = not here or pick_device()[1] == torch.bfloat16
     copied = cfg.dequantize == "on" or (cfg.dequantize == "auto" and device == "cuda")
+    bf16 = not here or pick_device()[1] == torch.bfloat16
     columns = [
-        predicted(lora_r=cfg.lora_r, recompute=cfg.recompute, bf16=bf16, dequantize=dequantize)
+        predict(shapes, work_of(cfg, device), device, cfg, dequantize, bf16)
         for dequantize in ([False, True] if copied and cfg.load_in == "4bit" else [False])
     ]
     roles = ["load", *in_use(cfg)]

@@ -60,15 +60,16 @@ def test_qwen_7b_by_hand():
 
 
 def test_resident_memory_is_weights_adapters_and_moments():
-    loaded = predict(TINY, {}, device="cuda", load_in="fp32", lora_r=4)["load"]
+    fp32 = Config(load_in="fp32", lora_r=4)
+    loaded = predict(TINY, {}, "cuda", fp32)["load"]
     embedding_as_read = 2 * 64 * 32
     assert loaded == CONTEXT["cuda"] + 4 * (TINY.params + TINY.lora_params(4)) + embedding_as_read
     batch = Batch(1, 1, 1)
-    solve = predict(TINY, {"solve": batch}, device="cuda", load_in="fp32", lora_r=4)["solve"]
+    solve = predict(TINY, {"solve": batch}, "cuda", fp32)["solve"]
     adapters_and_moments = (4 + 8) * TINY.lora_params(4)
     batch_bytes = plan.rollout_bytes(TINY, batch, 4, memory.READ_TOKENS["cuda"])
     assert solve == CONTEXT["cuda"] + 4 * TINY.params + adapters_and_moments + batch_bytes
-    on_cpu = predict(TINY, {}, device="cpu", load_in="fp32", lora_r=4)["load"]
+    on_cpu = predict(TINY, {}, "cpu", fp32)["load"]
     assert on_cpu - CONTEXT["cpu"] == int(1.05 * (loaded - CONTEXT["cuda"]))
 
 
@@ -136,7 +137,7 @@ def test_a_model_of_another_kind_is_a_user_error(tmp_path: Path):
 def test_24gb_preset_fits_20_gib_in_every_phase_of_every_task(task: str, tokens: int, judge: str):
     cfg = config_of("24gb", task)
     assert (cfg.group_size, cfg.documents, cfg.documents_taken, cfg.max_new_tokens) == (8, 16, 24, tokens)
-    peaks = predict(shapes_of(cfg.model), work_of(replace(cfg, judge=judge)), device="cuda")
+    peaks = predict(shapes_of(cfg.model), work_of(replace(cfg, judge=judge)), "cuda", cfg)
     assert set(peaks) == {"load", "propose", "solve", "rubric", "judge", "update"}
     assert max(peaks.values()) <= 20 * GIB, peaks
 
@@ -183,13 +184,13 @@ def test_the_rubric_writer_is_given_all_that_there_is():
 
 def test_48gb_preset_fits_44_gib_in_every_phase():
     cfg = config_of("48gb")
-    assert max(predict(shapes_of(cfg.model), work_of(cfg), device="cuda").values()) <= 44 * GIB
+    assert max(predict(shapes_of(cfg.model), work_of(cfg), "cuda", cfg).values()) <= 44 * GIB
 
 
 @pytest.mark.parametrize(("judge", "bf16"), [("generate", True), ("generate", False), ("logits", True)])
 def test_16gb_preset_fits_13_gib_in_every_phase_with_its_own_judge_in_fp32_too(judge: str, bf16: bool):
     cfg = replace(config_of("16gb"), judge=judge)
-    peaks = predict(shapes_of(cfg.model), work_of(cfg), device="cuda", bf16=bf16)
+    peaks = predict(shapes_of(cfg.model), work_of(cfg), "cuda", cfg, bf16=bf16)
     assert max(peaks.values()) <= 13 * GIB, peaks
 
 
@@ -206,7 +207,7 @@ def test_the_prefill_is_in_chunks_so_that_more_documents_cost_only_their_cache()
 def test_the_plan_says_what_a_dequantized_copy_of_the_weights_takes(preset: str):
     cfg = config_of(preset)
     copy = 2 * QWEN_7B.linear_params - QWEN_7B.intermediate * QWEN_7B.hidden * 2  # in bf16, in place of one at a time
-    plain, full = (predict(QWEN_7B, work_of(cfg), device="cuda", dequantize=dequantize) for dequantize in (False, True))
+    plain, full = (predict(QWEN_7B, work_of(cfg), "cuda", cfg, dequantize) for dequantize in (False, True))
     assert {role: full[role] - plain[role] for role in full} == {
         **dict.fromkeys(["propose", "solve", "rubric", "judge"], copy),
         **dict.fromkeys(["load", "update"], 0),
