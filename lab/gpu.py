@@ -351,7 +351,7 @@ def decoding(s: Part) -> None:
             tokens = greedy(llm, prompts, new // 3)
             first = first or tokens
             equal = [a == b for pair in zip(first, tokens, strict=True) for a, b in zip(*pair, strict=False)]
-            s.note(f"{way}: share of greedy tokens as first written", statistics.fmean(equal))
+            s.note(f"{way}: share of greedy tokens that are those of NF4", statistics.fmean(equal))
 
 
 # -------------------------------------------------------------------------------------------------------- step
@@ -414,19 +414,16 @@ PARTS = {part.__name__: part for part in (attention, same, memory, decoding, ste
 
 
 def machine() -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    result: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
+    result = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     if not torch.cuda.is_available():
         return {"card": "none"} | result
     card = torch.cuda.get_device_properties(0)
-    result |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
-    return {"card": card.name, "compute capability": f"{card.major}.{card.minor}", "GiB": total_gib()} | result
+    facts = {"card": card.name, "compute capability": f"{card.major}.{card.minor}", "GiB": total_gib()}
+    return facts | {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()} | result
 
 
 def shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
-    return f"{value:,}" if type(value) is int else str(value)
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 from trl import GRPOConfig, GRPOTrainer
 
 import rubric
-from data import Episode, UserError
+from data import UserError
 from engine.fast import batches, positions
 from lab.bench import Meter, Replay, Work, recorded
 from model import LLM, resolve
@@ -31,35 +31,6 @@ class Reader(LLM):
         eos = base.generation_config.eos_token_id
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos)
         self.pad_id = self.tokenizer.pad_token_id
-
-
-class Judge:
-    """A reward function as TRL takes them: rubric grades by the same model with its adapters off."""
-
-    __name__ = "judge"  # TRL names its metrics by it
-
-    def __init__(self, episodes: list[Episode], token_budget: int) -> None:
-        self.episodes, self.token_budget = episodes, token_budget
-        self.llm: Reader  # set as soon as the trainer has wrapped the model
-
-    @torch.no_grad()
-    def __call__(self, completions: list[Any], group: list[int], **rest: Any) -> list[float]:
-        """Expected ratings, as rubric.judge_by_logits: one row for each answer and criterion."""
-        llm, pairs = self.llm, [(self.episodes[g], c[0]["content"]) for g, c in zip(group, completions, strict=True)]
-        rows = [llm.encode("", rubric.rate_prompt(e.problem, c, text)) for e, text in pairs for c in e.rubric]
-        _, digits = llm.choice_ids("", "012")
-        expected = torch.empty(len(rows))
-        llm.model.eval()
-        with llm.model.disable_adapter():
-            for indices in batches([[i] for i in range(len(rows))], [len(row) for row in rows], self.token_budget):
-                ids, mask = llm.pad([rows[i] for i in indices], side="left")
-                named: dict[str, Any] = dict(position_ids=positions(mask), use_cache=False, logits_to_keep=1)
-                logits = llm.model(input_ids=ids, attention_mask=mask, **named).logits
-                probs = logits[:, -1, digits].float().softmax(-1).cpu()  # (B, 3)
-                expected[indices] = probs @ torch.tensor([0.0, 1.0, 2.0])
-        llm.model.train()
-        each = iter(expected.tolist())
-        return [rubric.grade([next(each) for _ in e.rubric], e.rubric) for e, _ in pairs]
 
 
 class _Ready(Exception):
@@ -161,11 +132,11 @@ class Theirs:
         if rows % work.micro_rows:
             raise UserError(f"--micro-rows {work.micro_rows}: must divide the {rows} answers of a step")
         prompts = [[{"role": "user", "content": e.problem}] for e in episodes]
+        self.episodes, self.token_budget = episodes, cfg.rollout_tokens
         self.folder = tempfile.TemporaryDirectory()  # nothing is saved, but the trainer makes one
-        judge = Judge(episodes, cfg.rollout_tokens)
         self.trainer = trainer = ReplayTrainer(
             model=base,
-            reward_funcs=judge,
+            reward_funcs=self.judge,
             args=GRPOConfig(
                 output_dir=self.folder.name,
                 per_device_train_batch_size=work.micro_rows,
@@ -183,7 +154,7 @@ class Theirs:
             processing_class=tokenizer,
             peft_config=ADAPTER,
         )
-        judge.llm = reader = self.prepared(bf16)
+        self.reader = reader = self.prepared(bf16)
         trainer.meter = Meter()
         trainer.answers = [a.ids for e in episodes for a in e.answers]
         trainer.prompt_rows = [reader.encode("", e.problem) for e in episodes for _ in e.answers]
@@ -206,6 +177,28 @@ class Theirs:
         reader = Reader(model, self.trainer.processing_class)
         assert set(self.trainer.eos_token_ids) == set(reader.eos_ids)
         return reader
+
+    @torch.no_grad()
+    def judge(self, completions: list[Any], group: list[int], **rest: Any) -> list[float]:
+        """A reward function as TRL takes them: rubric grades by the same model with its adapters off.
+
+        From expected ratings, as rubric.judge_by_logits: one row for each answer and criterion.
+        """
+        llm, pairs = self.reader, [(self.episodes[g], c[0]["content"]) for g, c in zip(group, completions, strict=True)]
+        rows = [llm.encode("", rubric.rate_prompt(e.problem, c, text)) for e, text in pairs for c in e.rubric]
+        _, digits = llm.choice_ids("", "012")
+        expected = torch.empty(len(rows))
+        llm.model.eval()
+        with llm.model.disable_adapter():
+            for indices in batches([[i] for i in range(len(rows))], [len(row) for row in rows], self.token_budget):
+                ids, mask = llm.pad([rows[i] for i in indices], side="left")
+                named: dict[str, Any] = dict(position_ids=positions(mask), use_cache=False, logits_to_keep=1)
+                logits = llm.model(input_ids=ids, attention_mask=mask, **named).logits
+                probs = logits[:, -1, digits].float().softmax(-1).cpu()  # (B, 3)
+                expected[indices] = probs @ torch.tensor([0.0, 1.0, 2.0])
+        llm.model.train()
+        each = iter(expected.tolist())
+        return [rubric.grade([next(each) for _ in e.rubric], e.rubric) for e, _ in pairs]
 
     def step(self) -> dict[str, Any]:
         """One optimizer step on all groups."""
