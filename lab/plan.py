@@ -191,7 +191,7 @@ def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int, recomput
     else:  # what was listed, with each norm's input apart, and attention's output in a second order
         kept = shapes.layers * (tokens * (6 * d + 5 * q + 4 * i + 7 * lora_r) * dtype + 2 * norms)
         layer = gradients + mask
-    states = 2 * batch.rows * batch.new * d * dtype  # the states that are scored, and their gradient
+    states = 2 * batch.rows * batch.new * d * dtype  # those that are scored, and their gradient
     # In fp32: logits, log-probabilities, probabilities, and the terms of the entropy.
     logits = 4 * min(chunk, 4 * shapes.vocab * batch.rows * batch.new)
     return kept + states + max(layer, logits)
@@ -201,8 +201,7 @@ def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int, recomput
 
 
 def tokens_of(cfg: Config) -> dict[str, tuple[int, int]]:
-    """(tokens of the prefill, tokens decoded) of a step by role, at most; of the update, what it passes over and
-    trains on.
+    """(tokens of the prefill, tokens decoded) of a step by role, at most; of the update, (passed over, trained on).
 
     Every attempt at a problem is counted, a rubric's two greedy attempts and three samples, and a judge's retry. The
     gate and what a rubric is tried on cost little beside these.
