@@ -1,27 +1,32 @@
-"""What bench.py counts, by hand, and that its replayed step trains on the recorded tokens."""
+"""That the replayed step of lab/bench.py trains on the recorded tokens, and its figures by hand."""
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer
 
-import config
-import pop
+from data import Answer, Criterion, Document, Episode, UserError
 from engine import fast
-from lab import bench, plan
-from lab.bench import Group, Replay, Work, groups_of
-from lab.plan import Shapes
-from rubric import Criterion
+from lab import bench
+from lab.bench import Meter, Replay, Work, recorded
+from lab.plan import GIB
 
 END = 256
 
 
-def test_groups_are_those_on_file_cut_or_stretched_to_the_limit():
+def ids_of(episode: Episode) -> list[list[int]]:
+    return [answer.ids for answer in episode.answers]
+
+
+def test_answers_are_those_on_file_cut_or_stretched_to_the_limit():
     tokenizer = byte_tokenizer()
-    short, long = (groups_of(Work(problems=5, group_size=16, new_tokens=n), tokenizer, END) for n in (64, 1024))
+    short, long = (recorded(Work(problems=5, group_size=16, new_tokens=n), tokenizer, END) for n in (64, 1024))
     assert len(short) == 5 and short[0].problem == short[4].problem != short[1].problem
-    assert all(len(group.answers) == 16 and len(group.rubric) == 2 for group in short)
+    assert all(len(e.answers) == 16 and len(e.rubric) == 2 for e in short)
     for group, stretched in zip(short, long, strict=True):
-        for cut, whole in zip(group.answers, stretched.answers, strict=True):
+        for cut, whole in zip(ids_of(group), ids_of(stretched), strict=True):
             assert len(cut) <= 64 and len(whole) <= 1024
             assert cut[:-1] == whole[: len(cut) - 1]
             assert (END in whole) == (len(whole) < 1024 or whole[-1] == END)
@@ -39,37 +44,14 @@ def test_replayed_rows_have_no_choice_and_may_leave():
     assert left.argmax(-1).tolist() == [2] and left.isfinite().sum() == 1
 
 
-def test_the_least_time_of_decoding_is_the_longer_of_reading_and_multiplying():
-    shapes = Shapes(hidden=4, layers=1, heads=1, kv_heads=1, head_dim=4, intermediate=8, vocab=10, tied=True)
-    weights = 4 * 4 * 4 + 3 * 4 * 8 + 10 * 4  # q, k, v, o; gate, up, down; head
-    read = 4 * weights + 3 * 5 * 2 * 4 * 4  # three rows with five tokens in the cache
-    multiplied = 3 * (2 * weights + 5 * 4 * 4)
-    assert bench.decode_seconds(shapes, [(3, 5)], products=1e30, read=2.0) == read / 2
-    assert bench.decode_seconds(shapes, [(3, 5), (3, 5)], products=3.0, read=1e30) == pytest.approx(2 * multiplied / 3)
-
-
-def test_growth_is_the_exponent_between_the_last_two_points():
-    assert bench.growth([1, 4, 8], [0, 5, 20]) == pytest.approx(2.0)
-
-
-def tiny_side(llm, judge: str) -> bench.Ours:
-    """Ours without loading: a random model, two groups of recorded answers."""
-    side = bench.Ours.__new__(bench.Ours)
-    side.work, side.meter, side.llm = Work(judge=judge, micro_rows=2), bench.Meter(), llm
-    side.cfg = pop.Config(
-        **{**config.PRESETS["demo"], "judge": judge, "group_size": 3, "max_new_tokens": 9, "update_tokens": 90}
-    )
+def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, monkeypatch):
+    side = bench.Ours(Work(problems=2, group_size=3, new_tokens=9, micro_rows=2), llm)
     criteria = [Criterion("a", "b c", "says d.", 1.0), Criterion("e", "f g", "says h.", 2.0)]
     answers = [[[65, 66, END], [67] * 9, [68, 69, 70, 71, END]], [[72, END], [73, END], [74] * 9]]
-    side.groups = [Group(problem, criteria, own) for problem, own in zip(("Why?", "How so?"), answers, strict=True)]
-    side.optimizer, side.scheduler = pop.make_optimizer(llm, side.cfg)
-    side.count_positions()
-    return side
-
-
-@pytest.mark.parametrize("judge", ["logits", "generate"])
-def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, judge, monkeypatch):
-    side = tiny_side(llm, judge)
+    side.recorded = [
+        Episode(Document("", ""), problem, rubric=criteria, answers=[Answer("", ids) for ids in own])
+        for problem, own in zip(("Why?", "How so?"), answers, strict=True)
+    ]
     seen: list[int] = []
     real = llm.logps
     monkeypatch.setattr(
@@ -77,35 +59,81 @@ def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, judge, monke
     )
     decode = fast.decode
     result = side.step()
-    recorded = sorted(token for group in side.groups for answer in group.answers for token in answer)
-    assert sorted(seen) == sorted(2 * recorded)  # once for the reference log-probs, once for the gradient
-    assert result["tokens"] == {"rollout": len(recorded), "update": len(recorded)}
-    assert set(result["seconds"]) == {"rollout", "judge", "update", "total"}
+    tokens = sorted(token for own in answers for ids in own for token in ids)
+    assert sorted(seen) == sorted(2 * tokens)  # once for the reference log-probs, once for the gradient
+    assert result["tokens"] == {"rollout": len(tokens), "update": len(tokens)}
+    assert set(result["seconds"]) == set(result["peak"]) == {"rollout", "judge", "update", "step"}
+    assert 0 <= result["reward"] <= 1
     assert fast.decode is decode
-    # Of six rows two end in step 2, one of the other four in step 3, one of the other three in step 5.
-    assert [rows for rows, _ in result["decode_steps"]] == [6, 6, 4, 3, 3, 2, 2, 2, 2]
 
 
-def test_padding_is_what_went_through_the_model_beyond_the_tokens_needed(llm, monkeypatch):
-    side = tiny_side(llm, "logits")
-    shapes = Shapes(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=64, vocab=259)
-    monkeypatch.setattr(plan, "shapes_of", lambda name: shapes)
-    result, needed = side.step(), side.operations()
-    # Both problems' prompts once and their answers, in rows of one problem each, for the reference and the gradient.
-    rows = [len(side.prompt(g)) + sum(map(len, g.answers)) for g in side.groups]
-    assert needed["update"]["tokens"] == 2 * sum(rows)
-    together = sum(rows) * 2 if max(rows) * 2 > side.update_tokens() else 2 * max(rows) * 2
-    assert result["positions"]["update"] == together
-    assert result["positions"]["judge"] >= needed["judge"]["tokens"]
+def test_a_micro_batch_has_no_more_tokens_than_trls(llm):
+    side = bench.Ours(Work(group_size=2, new_tokens=9, micro_rows=1), llm)
+    assert side.cfg.update_tokens == max(len(llm.encode("", e.problem)) for e in side.recorded) + 9
 
 
-def test_operations_of_an_update_by_hand(llm, monkeypatch):
-    side = tiny_side(llm, "generate")
-    shapes = Shapes(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=64, vocab=259)
-    monkeypatch.setattr(plan, "shapes_of", lambda name: shapes)
-    side.groups = [Group("Why?", side.groups[0].rubric, [[65, 66, END]])]
-    prompt = len(side.prompt(side.groups[0]))
-    linear, lora, head, pair = 2 * shapes.linear_params, 2 * shapes.lora_params(32), 2 * 259 * 32, 4 * 2 * 4 * 8
-    tokens, pairs = prompt + 3, prompt**2 / 2 + 3 * prompt + 9 / 2
-    expected = tokens * (3 * linear + 3 * lora) + 4 * pairs * pair + 3 * 3 * head
-    assert side.operations()["update"]["operations"] == pytest.approx(expected)
+def test_the_meter_counts_a_phase_inside_another_for_the_inner_one_alone():
+    meter = Meter()
+    with meter("update"):
+        time.sleep(0.05)
+        with meter("judge"):
+            time.sleep(0.2)
+    assert 0.05 <= meter.seconds["update"] < 0.15 < 0.2 <= meter.seconds["judge"]
+
+
+def test_the_meter_sees_memory_that_is_gone_again():
+    before, meter = bench.memory_in_use(), Meter()
+    with meter("update"):
+        block = np.ones(2**26 // 8)
+        for _ in range(20):
+            block += 1  # long enough to be sampled
+        del block
+    assert meter.peak["update"] - before >= 60 * 2**20
+
+
+def took(seconds: float, tokens: int = 7) -> dict:
+    each = dict.fromkeys(("rollout", "judge", "update", "step"), seconds)
+    peak = dict.fromkeys(each, seconds * GIB)
+    return {"seconds": each, "peak": peak, "tokens": {"update": tokens}, "reward": seconds, "loss": -seconds}
+
+
+def test_figures_leave_the_first_step_out_and_ratios_are_of_one_round():
+    found = bench.figures({"ours": [took(9.0), took(1.0), took(2.0)], "trl": [took(0.5), took(3.0), took(4.0)]})
+    assert (found["judge, ours: s"], found["judge, trl: s"]) == (1.5, 3.5)
+    assert (found["step, ours: GiB"], found["step, trl: GiB"]) == (2.0, 4.0)
+    names = [f"update: times as fast as TRL{word}" for word in ("", ", lowest", ", highest")]
+    assert [found[name] for name in names] == [2.5, 2.0, 3.0]
+    assert (found["loss of the first step, ours"], found["reward of the first step, trl"]) == (-9.0, 0.5)
+
+
+def test_sides_that_trained_on_different_tokens_are_not_compared():
+    with pytest.raises(UserError, match="not train on the same tokens"):
+        bench.figures({"ours": [took(1.0, tokens=7)], "trl": [took(1.0, tokens=8)]})
+
+
+class Side:
+    def __init__(self, number: int) -> None:
+        self.number, self.steps = number, 0
+
+    def step(self) -> dict:
+        if self.number < 0:
+            import os
+
+            os._exit(1)
+        self.steps += 1
+        return took(self.number + self.steps)
+
+
+def test_sides_take_turns_in_processes_of_their_own(capsys):
+    results = bench.alternate({"a": (Side, 10), "b": (Side, 20)}, rounds=2)
+    assert {name: [r["reward"] for r in rounds] for name, rounds in results.items()} == {
+        "a": [11, 12, 13],
+        "b": [21, 22, 23],
+    }
+    lines = [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()]
+    assert [name.strip() for _, name in lines] == ["b", "a", "a", "b", "b", "a"]
+
+
+def test_a_side_that_ends_is_a_user_error():
+    with pytest.raises(UserError, match="ended"):
+        bench.alternate({"a": (Side, -1)}, rounds=1)
