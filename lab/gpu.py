@@ -41,9 +41,16 @@ import pop
 from config import PRESETS, Config
 from engine import fast
 from engine.memory import Batch, work_of
-from lab import bench, plan
+from lab import plan, steps
 from lab.plan import GIB, Shapes
 from model import LLM
+
+Theirs: Any
+try:
+    from lab.trl_bench import Theirs
+except ImportError:
+    Theirs = None
+
 
 LIMIT = 600  # seconds in all
 COMMAND = [sys.executable, "-m", "lab.gpu"]
@@ -276,7 +283,7 @@ def memory(s: Part) -> None:
     """The largest batch of each role of --preset 24gb, under a 24 GB card's memory: predicted and measured."""
     llm = random_llm(s.shapes, s.device, s.dtype)
     cfg = Config(**{**PRESETS["24gb"], "preset": "24gb", **(TINY_PHASES if s.rehearse else {})})
-    work, meter = work_of(cfg), bench.Meter()
+    work, meter = work_of(cfg), steps.Meter()
     planned = plan.predict(s.shapes, work, "cuda", cfg, bf16=s.dtype == torch.bfloat16)
     moments = [torch.zeros_like(p) for p in pop.trainable(llm) for _ in range(2)]  # AdamW's, from the second step on
     if torch.cuda.is_available():
@@ -357,33 +364,31 @@ def decoding(s: Part) -> None:
 # -------------------------------------------------------------------------------------------------------- step
 
 
-def build(name: str, work: bench.Work, shapes: Shapes, cap: float) -> Any:
+def build(name: str, work: steps.Work, shapes: Shapes, cap: float) -> Any:
     """One side of the comparison, with random weights."""
     device, dtype = place(cap)
     torch.backends.cuda.enable_cudnn_sdp(False)  # for TRL too, or its attention would be slow at every new length
     if name == "ours":
-        return bench.Ours(work, random_llm(shapes, device, dtype))
-    from lab.trl_bench import Theirs
-
+        return steps.Ours(work, random_llm(shapes, device, dtype))
     return Theirs(work, random_base(shapes, device, dtype), use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16)
 
 
 def step(s: Part) -> None:
     """A whole step of ours beside one of TRL's GRPOTrainer: rollout of the same tokens, judge by logits, update."""
     names = ["ours", "trl"]
-    if importlib.util.find_spec("trl") is None:
+    if Theirs is None:
         s.say("TRL is not installed, so ours alone: pip install 'trl>=1.16'")
         names = ["ours"]
-    work = bench.Work("Qwen/Qwen2.5-7B", "24gb", problems=4, new_tokens=192, criteria=3)
+    work = steps.Work("Qwen/Qwen2.5-7B", "24gb", problems=4, new_tokens=192, criteria=3)
     if s.rehearse:
-        work = bench.Work("Qwen/Qwen2.5-7B", "24gb", problems=2, group_size=2, new_tokens=8, criteria=3, micro_rows=2)
+        work = steps.Work("Qwen/Qwen2.5-7B", "24gb", problems=2, group_size=2, new_tokens=8, criteria=3, micro_rows=2)
     together = s.rehearse or total_gib() > 2 * (s.cap or 30) + 1
     if not together and len(names) > 1:
         s.say("two models do not fit the card: all rounds of ours, then all of TRL's")
-    results: bench.Results = {}
+    results: steps.Results = {}
     for some in [names] if together else [[name] for name in names]:
-        results |= bench.alternate({name: (build, name, work, s.shapes, s.cap) for name in some}, rounds=2)
-    for name, value in bench.figures(results).items():
+        results |= steps.alternate({name: (build, name, work, s.shapes, s.cap) for name in some}, rounds=2)
+    for name, value in steps.figures(results).items():
         s.note(name, value, least=2 if name == "step: times as fast as TRL" else None)
 
 

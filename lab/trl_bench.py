@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 import rubric
 from data import UserError
 from engine.fast import batches, positions
-from lab.bench import Meter, Replay, Work, recorded
+from lab.steps import Meter, Replay, Work, recorded
 from model import LLM, resolve
 
 

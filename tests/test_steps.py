@@ -1,4 +1,4 @@
-"""That the replayed step of lab/bench.py trains on the recorded tokens, and its figures by hand."""
+"""That the replayed step of lab/steps.py trains on the recorded tokens, and its figures by hand."""
 
 import time
 
@@ -9,9 +9,9 @@ from conftest import byte_tokenizer
 
 from data import Answer, Criterion, Document, Episode, UserError
 from engine import fast
-from lab import bench
-from lab.bench import Meter, Replay, Work, recorded
+from lab import steps
 from lab.plan import GIB
+from lab.steps import Meter, Replay, Work, recorded
 
 END = 256
 
@@ -45,7 +45,7 @@ def test_replayed_rows_have_no_choice_and_may_leave():
 
 
 def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, monkeypatch):
-    side = bench.Ours(Work(problems=2, group_size=3, new_tokens=9, micro_rows=2), llm)
+    side = steps.Ours(Work(problems=2, group_size=3, new_tokens=9, micro_rows=2), llm)
     criteria = [Criterion("a", "b c", "says d.", 1.0), Criterion("e", "f g", "says h.", 2.0)]
     answers = [[[65, 66, END], [67] * 9, [68, 69, 70, 71, END]], [[72, END], [73, END], [74] * 9]]
     side.recorded = [
@@ -68,7 +68,7 @@ def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, monkeypatch)
 
 
 def test_a_micro_batch_has_no_more_tokens_than_trls(llm):
-    side = bench.Ours(Work(group_size=2, new_tokens=9, micro_rows=1), llm)
+    side = steps.Ours(Work(group_size=2, new_tokens=9, micro_rows=1), llm)
     assert side.cfg.update_tokens == max(len(llm.encode("", e.problem)) for e in side.recorded) + 9
 
 
@@ -82,7 +82,7 @@ def test_the_meter_counts_a_phase_inside_another_for_the_inner_one_alone():
 
 
 def test_the_meter_sees_memory_that_is_gone_again():
-    before, meter = bench.memory_in_use(), Meter()
+    before, meter = steps.memory_in_use(), Meter()
     with meter("update"):
         block = np.ones(2**26 // 8)
         for _ in range(20):
@@ -98,7 +98,7 @@ def took(seconds: float, tokens: int = 7) -> dict:
 
 
 def test_figures_leave_the_first_step_out_and_ratios_are_of_one_round():
-    found = bench.figures({"ours": [took(9.0), took(1.0), took(2.0)], "trl": [took(0.5), took(3.0), took(4.0)]})
+    found = steps.figures({"ours": [took(9.0), took(1.0), took(2.0)], "trl": [took(0.5), took(3.0), took(4.0)]})
     assert (found["judge, ours: s"], found["judge, trl: s"]) == (1.5, 3.5)
     assert (found["step, ours: GiB"], found["step, trl: GiB"]) == (2.0, 4.0)
     names = [f"update: times as fast as TRL{word}" for word in ("", ", lowest", ", highest")]
@@ -108,7 +108,7 @@ def test_figures_leave_the_first_step_out_and_ratios_are_of_one_round():
 
 def test_sides_that_trained_on_different_tokens_are_not_compared():
     with pytest.raises(UserError, match="not train on the same tokens"):
-        bench.figures({"ours": [took(1.0, tokens=7)], "trl": [took(1.0, tokens=8)]})
+        steps.figures({"ours": [took(1.0, tokens=7)], "trl": [took(1.0, tokens=8)]})
 
 
 class Side:
@@ -125,7 +125,7 @@ class Side:
 
 
 def test_sides_take_turns_in_processes_of_their_own(capsys):
-    results = bench.alternate({"a": (Side, 10), "b": (Side, 20)}, rounds=2)
+    results = steps.alternate({"a": (Side, 10), "b": (Side, 20)}, rounds=2)
     assert {name: [r["reward"] for r in rounds] for name, rounds in results.items()} == {
         "a": [11, 12, 13],
         "b": [21, 22, 23],
@@ -136,4 +136,4 @@ def test_sides_take_turns_in_processes_of_their_own(capsys):
 
 def test_a_side_that_ends_is_a_user_error():
     with pytest.raises(UserError, match="ended"):
-        bench.alternate({"a": (Side, -1)}, rounds=1)
+        steps.alternate({"a": (Side, -1)}, rounds=1)
