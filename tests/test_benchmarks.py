@@ -98,7 +98,9 @@ def test_an_answer_that_spells_out_a_mark_of_a_template_stays_text(name):
         ('{"explanation": "yes", "criteria_met": true}', 1.0),
         ('```json\n{"explanation": "no", "criteria_met": false}\n```', 0.0),
         ('{"explanation": "It says "stop", rightly.", "criteria_met": true}', 1.0),  # broken by its quotes
-        ('{"explanation": "Not there\n"criteria_met": false', 0.0),  # a form filled in by a local model
+        ('{"explanation": "Not there\n"criteria_met": false}', 0.0),  # a template filled in by a local model
+        ('{"criteria_met": true, "notes": {"criteria_met": false}}', 1.0),
+        ('{"explanation": "It is not so that "criteria_met": tr', None),  # cut off
         ('{"criteria_met": "perhaps"}', None),
         ('{"criteria_met": 1}', None),
         ("It is met.", None),
@@ -116,7 +118,11 @@ def test_a_healthbench_verdict_is_a_boolean_or_none(reply, verdict):
     [
         ('{"score": 7, "reason": "good"}', 7.0),
         ('```json\n{\n"score": 10,\n"reason": "He said "no"."\n}```', 10.0),
-        ('{"score": 4', 4.0),  # a form filled in by a local model
+        ('{"score": 1', None),  # cut off: it may have been 10
+        ('{"reason": "a "b"", "score": 1', None),
+        ('{"score": 7.0}', 7.0),
+        ('{"score": "7"}', 7.0),
+        ('{"score": 4, "of": {"score": 9}}', 4.0),
         ('The set {x} has two, so {"score": 1} it is.', 1.0),
         ('{"reason": "two\nlines", "score": 2}', 2.0),
         ('As {"score": N} was asked for: {"score": 3}', 3.0),  # the format, repeated
@@ -169,6 +175,14 @@ def test_a_pair_is_judged_in_both_orders_and_read_from_the_adapter_s_side():
     assert (as_a.read("Reason: x\nBetter: A"), as_b.read("Reason: x\nBetter: A")) == (1.0, 0.0)
     assert (as_a.read("Reason: x\nBetter: B"), as_b.read("Reason: x\nBetter: B")) == (0.0, 1.0)
     assert as_a.read("Better: tie") == as_b.read("better: **Tie**") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [("Better: a tie", 0.5), ("Better: A tie.", 0.5), ("Better: Answer A", 1.0), ("**Better:** Assistant B", 0.0)],
+)
+def test_a_preference_in_other_words_is_read_as_it_is_meant(reply, verdict):
+    assert read_better(reply, "A") == verdict
 
 
 @pytest.mark.parametrize("reply", ["A", "Better: C", "Reason: A is better: B is not", "Better: Answers differ", ""])

@@ -273,6 +273,16 @@ def test_a_reply_cut_off_before_its_verdict_says_so(endpoint):
     assert reason == "no verdict in the reply, which was cut off at 16 tokens"
 
 
+@pytest.mark.parametrize(("reply", "value"), [("Rating: 1", None), ("Rating: 1\nand", 1.0)])
+def test_of_a_reply_that_was_cut_off_the_last_line_does_not_count(endpoint, reply, value):
+    """Its number may have been going on."""
+    server = endpoint(lambda text, n, request: {"message": {"content": reply}, "finish_reason": "length"})
+    some = Question(
+        "q", [{"role": "user", "content": "q"}], FORM, lambda said: 1.0 if "Rating: 1" in said else None, 16
+    )
+    assert asked(server.judge(), [some])["q"].value == value
+
+
 @pytest.mark.parametrize(
     ("reply", "value"),
     [

@@ -1,5 +1,6 @@
 """The method: advantages, the GRPO loss and its gradient, the update, and that the loop learns."""
 
+import dataclasses
 import importlib
 import importlib.machinery
 import importlib.util
@@ -124,6 +125,47 @@ def test_length_penalty_scales_the_reward_of_long_answers_only():
 
 
 # --------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clipped"),
+    [(1.5, 1.0, 1), (1.5, -1.0, 0), (0.5, -1.0, 1), (0.5, 1.0, 0), (1.1, 1.0, 0), (1.5, 0.0, 0)],
+)
+def test_clipped_counts_the_tokens_whose_gradient_clipping_takes_away(ratio, advantage, clipped):
+    logps = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, sums = pop.grpo_loss(logps, torch.zeros(1), None, torch.tensor([advantage]), 1, CFG)
+    loss.backward()
+    assert sums["clipped"] == clipped
+    assert (logps.grad.item() == 0) == (clipped == 1 or advantage == 0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            "--temperature nan",
+            "--lr inf",
+            "--lr 0",
+            "--kl-coef nan",
+            "--kl-coef -1",
+            "--max-grad-norm 0",
+            "--lora-r 0",
+        ),
+        *("--max-grad-norm -1", "--max-new-tokens 0", "--max-new-tokens -5", "--problem-tokens 0", "--group-size 1"),
+        *("--clip-low 1.5", "--length-floor nan", "--seed -1", "--oversample 0.5", "--steps 0", "--max-criteria 6"),
+        *("--min-words 0", "--warmup-steps -1", "--dpo-beta 0", "--proposer-temperature -1", "--rollout-tokens 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_one_clear_line_before_anything_is_loaded(flags):
+    name, value = flags.split()
+    with pytest.raises(UserError, match=rf"^{name} \S+: must be ") as error:
+        pop.parse_args(["--preset", "demo", name, value])
+    assert "\n" not in str(error.value)
+
+
+def test_every_number_of_the_configuration_has_a_range():
+    numbers = [f for f in dataclasses.fields(Config) if f.type in (int, float, "int", "float")]
+    assert len(numbers) > 30 and [f.name for f in numbers if not f.metadata] == []
 
 
 @pytest.mark.parametrize(("corrected", "slope"), [(True, -math.log(2.0)), (False, -1.0)])
