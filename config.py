@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from data import UserError, recorded
+from data import UserError, read_episodes, with_groups
 
 FACTS_TOKENS = 128  # room for the facts that are noted before a problem
 GUARDS = ("judge_addressing", "too_little_content", "copies_problem", "length")
@@ -292,16 +293,26 @@ def parse_args(argv: Sequence[str]) -> Config:
         cfg = tyro.cli(Config, args=list(argv), default=replace(cfg, **usual))
     if cfg.synthesize and cfg.steps != usual["steps"]:
         raise UserError(f"--steps {cfg.steps}: synthesize takes --documents-total instead")
-    return cfg
+    return resolved(cfg)
+
+
+def resolved(cfg: Config) -> Config:
+    """With local files by their whole paths, so that a run can be resumed from another folder."""
+    given = {name: os.path.expanduser(getattr(cfg, name)) for name in ("corpus", "model", "episodes")}
+    built_in = ("samples", "heldout")
+    local = {name: path for name, path in given.items() if path and path not in built_in and os.path.exists(path)}
+    return replace(cfg, **{name: os.path.abspath(path) for name, path in local.items()})
 
 
 def defaults_besides(cfg: Config) -> dict[str, Any]:
     """Those of a run that only plays or only trains, which depend on other flags."""
     if cfg.synthesize:
         return {"eval_every": 0, "steps": math.ceil(cfg.documents_total / cfg.documents)}
-    if cfg.replay == "answers" and Path(cfg.episodes).is_file():  # in a sweep it is yet to be written
-        groups = len(recorded(cfg.episodes, cfg.replay).episodes)
-        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)}
+    if cfg.replay == "answers":
+        groups = 0
+        with contextlib.suppress(OSError, KeyError, TypeError):  # told later; and in a sweep it is yet to be written
+            groups = len(with_groups(read_episodes(Path(cfg.episodes), answers=True)))
+        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)} if groups else {}
     return {}
 
 
@@ -310,7 +321,7 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
     stored = stored_config(run)
     if unknown := set(stored) - {field.name for field in fields(Config)}:
         raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
-    cfg = tyro.cli(Config, args=list(argv), default=Config(**{**stored, "skip_guards": tuple(stored["skip_guards"])}))
+    cfg = resolved(tyro.cli(Config, args=list(argv), default=Config(**stored)))
     check_changes(stored, cfg)
     return cfg
 
@@ -344,6 +355,8 @@ def stored_config(run: Path) -> dict[str, Any]:
         raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
     if stored.get("task") == "general":  # its older name
         stored["task"] = "instructions"
+    if "skip_guards" in stored:  # JSON has lists alone
+        stored["skip_guards"] = tuple(stored["skip_guards"])
     return stored
 
 

@@ -3,14 +3,12 @@
 Documents are untrusted text. Here they are cut, counted and otherwise passed on as they are.
 """
 
-import functools
+import csv
 import glob
 import hashlib
-import itertools
 import json
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +17,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import huggingface_hub
 import numpy as np
 from tqdm.auto import tqdm
@@ -36,14 +35,10 @@ HUB_CORPORA = {
     "writing": ("Skelebor/book_titles_and_descriptions", "description"),
 }
 
-# Suffix of a table -> the builder of `datasets` that reads it, and its options. A .jsonl is read as lines and
-# parsed in read_row, because the json builder refuses a whole file for one broken line.
-TABLES: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("text", {"encoding_errors": "replace"}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {"encoding_errors": "replace", "keep_default_na": False}),
-}
-SUFFIXES = (".txt", ".md", *TABLES)
+# Suffix of a table -> the builder of `datasets` that reads it. A .jsonl is read as lines and parsed in read_row: the
+# json builder refuses a whole file for one broken line.
+TABLES = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+SUFFIXES = (".txt", ".md", *TABLES, *(f"{suffix}{packed}" for suffix in TABLES for packed in (".gz", ".zst")))
 
 Row = Mapping[str, Any] | str  # its fields, or the reason why it has none
 
@@ -66,18 +61,25 @@ class Document:
     id: str
     text: str
 
+    @property
+    def identity(self) -> str:
+        """Its id and a digest of its text: the same id may come to mean another text."""
+        return f"{self.id} {hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()}"
+
 
 class Corpus:
     """Documents in a seeded order: without end (`for document in corpus`) or one epoch at a time.
 
     name: "samples" (the built-in ones of the task), "heldout" (those for measuring), a local file or folder
-    (.txt, .md: a document per file; .jsonl, .parquet, .csv: a document per row), or else a hub data set.
+    (.txt, .md: a document per file; .jsonl, .json, .parquet, .csv, .tsv, packed as .gz or .zst or not: a document per
+    row), or else a hub data set.
     text_field: the field of a table's text; by default "text", or what HUB_CORPORA says of the data set.
     min_words, max_words: shorter documents are skipped, longer ones cut; whitespace separates words.
     config, split, buffer_size (rows shuffled in memory): of a hub data set only.
 
     Tables are opened, and the hub is asked, only when the first document is due.
     skipped: rows left out, by reason; the most in any one epoch, so that repeated epochs do not add up.
+    listing: which files are read and which left out, in words; "" for the samples and the hub.
 
     Raises UserError for bad values and for a local corpus that is missing or has no file of a known kind.
     """
@@ -106,7 +108,7 @@ class Corpus:
         self.min_words, self.max_words = min_words, max_words
         self.seed, self.buffer_size = seed, buffer_size
         self.skipped: Counter[str] = Counter()
-        self._files = find_files(name, task)
+        self._files, self.listing = find_files(name, task)
 
     def __iter__(self) -> Iterator[Document]:
         """Epochs 0, 1, 2, ... one after the other. Raises as `epoch` does."""
@@ -137,7 +139,7 @@ class Corpus:
     def _tables(self) -> "list[datasets.Dataset | None]":
         """The table in each local file, memory-mapped; None for a plain or an empty file."""
         return [
-            open_table(path, self.field) if path.suffix.lower() in TABLES and path.stat().st_size else None
+            open_table(path, self.field) if kind_of(path) in TABLES and path.stat().st_size else None
             for _, path in self._files
         ]
 
@@ -176,37 +178,104 @@ class Corpus:
             raise Unreachable(f"cannot read {self.name!r} from the hub ({brief(error)}): {advice}") from error
 
 
-def find_files(name: str, task: str) -> list[tuple[str, Path]]:
-    """(id, path) of each file of a local corpus, sorted; none if the name can only be a hub data set's."""
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, "" for one that is not: ".jsonl" of "a.jsonl" and of "a.JSONL.gz"."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix if name.endswith(SUFFIXES) else ""
+
+
+def find_files(name: str, task: str) -> tuple[list[tuple[str, Path]], str]:
+    """(id, path) of each file of a local corpus, sorted, and what was taken and left out, in words. No file if the name
+    can only be a hub data set's."""
     built_in = {"samples": SAMPLES / task, "heldout": SAMPLES / "heldout"}
     place = os.path.expanduser(built_in.get(name, name))
     if not os.path.exists(place):
         if name in built_in or not HUB_ID.fullmatch(name) or name.lower().endswith(SUFFIXES):
             raise UserError(f"corpus not found: {name!r} is no file or folder")
-        return []
-    root = Path(place).resolve()
+        return [], ""
+    root = Path(os.path.abspath(place))  # not resolved: the name of a link says what its target is
     base = SAMPLES.parent if name in built_in else root.parent
-    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    files = [(path.relative_to(base).as_posix(), path) for path in paths if path.suffix.lower() in SUFFIXES]
+    paths, hidden = ([root], 0) if root.is_file() else files_below(root)
+    files = [(path.relative_to(base).as_posix(), path) for path in paths if kind_of(path)]
     if not files:
         raise UserError(f"corpus {name!r}: nothing to read, no file ends in {' '.join(SUFFIXES)}")
-    return files
+    taken = Counter(kind_of(path) for _, path in files)
+    left = Counter(path.suffix.lower() or "no suffix" for path in paths if not kind_of(path))
+    left |= Counter({"hidden": hidden} if hidden else {})
+    told = [", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) for counts in (taken, left) if counts]
+    return files, "" if name in built_in else "reads " + "; leaves out ".join(told)
+
+
+def files_below(root: Path) -> tuple[list[Path], int]:
+    """All files of a folder, of linked folders too, sorted; and how many hidden files and folders were passed over."""
+    paths, hidden, seen = [], 0, set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        hidden += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.is_file()), hidden
 
 
 def open_table(path: Path, field: str) -> "datasets.Dataset":
-    """Raises UserError, naming the file, if it cannot be read or lacks the field."""
+    """The column `field` of a table, or the lines of a .jsonl. Raises UserError, naming the file, if there is none."""
     import datasets  # as above
 
-    builder, options = TABLES[path.suffix.lower()]
+    builder = TABLES[kind_of(path)]
     datasets.disable_progress_bars()
+    with path.open("rb") as file:  # `datasets` knows a file by its time and size, also if it has been written anew
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:  # data_files is a pattern: the [ and * of a real name need escaping
-        table = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", **options)
+        source = {"data_files": glob.escape(str(path)), "split": "train", "name": f"pop-{digest[:16]}"}
+        options = column_of(path, builder, field)
+        table = datasets.load_dataset(builder, **source, **options)
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's, pandas' or datasets' own, depending on the kind of file
         raise UserError(f"cannot read {path} as a table ({brief(error.__cause__ or error)})") from error
     fields = read_row(path, table, 0, field) if builder == "text" else table.column_names
     if not isinstance(fields, str):
         require_field(field, fields, str(path))
     return table if builder == "text" else table.select_columns([field])
+
+
+def column_of(path: Path, builder: str, field: str) -> dict[str, Any]:
+    """The options of a builder by which it reads one column alone: nothing in others can be the reason to refuse."""
+    if builder == "text":
+        return {"encoding_errors": "replace"}
+    if builder == "parquet":
+        import datasets
+        import pyarrow.parquet
+
+        schema = pyarrow.parquet.read_schema(path)
+        require_field(field, schema.names, str(path))
+        kind = datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(field).remove_metadata()]))
+        return {"columns": [field], "features": kind}
+    if builder == "csv":
+        separator = "\t" if kind_of(path) == ".tsv" else ","
+        check_csv(path, field, separator)
+        # index_col: pandas would take the first column for an index if rows end in one comma more than the header.
+        chosen = {"index_col": False, "usecols": [field], "keep_default_na": False}
+        return {"sep": separator, "encoding_errors": "replace", **chosen}
+    return {}
+
+
+def check_csv(path: Path, field: str, separator: str) -> None:
+    """Raises UserError if the column is not there or a row has more fields than the header, but for empty ones at its
+    end: its text has a comma that is not quoted, and columns would be mixed up."""
+    csv.field_size_limit(2**31 - 1)
+    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        header = next(rows, [])
+        require_field(field, header, str(path))
+        for row in rows:
+            if any(row[len(header) :]):
+                told = f"line {rows.line_num} has {len(row)} fields, the header {len(header)}"
+                raise UserError(f"cannot read {path} as a table: {told}; put texts with a {separator!r} into quotes")
 
 
 def require_field(field: str, fields: Iterable[str], where: str) -> None:
@@ -223,7 +292,7 @@ def read_row(path: Path, table: "datasets.Dataset | None", row: int, field: str)
     try:
         if table is None:
             return {field: path.read_bytes()}
-        if path.suffix.lower() != ".jsonl":
+        if kind_of(path) != ".jsonl":
             return table[row]
         line = table[row]["text"]
         fields = json.loads(line) if line.strip() else {field: ""}
@@ -307,16 +376,33 @@ def alive(episodes: Sequence[Episode]) -> list[Episode]:
     return [e for e in episodes if e.drop is None]
 
 
-def json_lines(episodes: Sequence[Episode]) -> str:
-    """The text of a file that `read` reads."""
-    return "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
+def json_lines(records: Iterable[Any]) -> str:
+    """Dictionaries or records of a dataclass -> the text of a JSON Lines file."""
+    plain = (record if isinstance(record, dict) else asdict(record) for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in plain)
 
 
-def read(path: Path, answers: bool = False) -> list[Episode]:
-    """The episodes of heldout.jsonl or episodes.jsonl, with their answers if asked for."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file. A last line without its end, as a process that is killed while it writes leaves
+    it, is left out; any other line that holds no object is named and skipped. Raises OSError."""
+    *lines, _ = path.read_bytes().split(b"\n")  # no str.splitlines, for which U+2028 ends a line too
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif line.strip():
+            tqdm.write(f"{path}:{number} is no JSON object and is skipped")
+
+
+def read_episodes(path: Path, answers: bool = False) -> list[Episode]:
+    """The episodes of heldout.jsonl or episodes.jsonl, with their answers if asked for. Raises OSError, KeyError and
+    TypeError."""
     episodes = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        e = {**json.loads(line), "controls": []}
+    for record in read_lines(path):
+        e = {**record, "controls": []}
         e.pop("step", None)
         e["document"], e["rubric"] = Document(**e["document"]), [Criterion(**c) for c in e["rubric"]]
         e["answers"] = [Answer(**a) for a in e["answers"]] if answers else []
@@ -329,66 +415,3 @@ def with_groups(episodes: Sequence[Episode]) -> list[Episode]:
     graded = [e for e in episodes if e.drop in (None, "group/zero spread", "group/oversampled")]
     rated = [[a for a in e.answers if a.ids and a.ratings and len(a.ratings) == len(e.rubric)] for e in graded]
     return [replace(e, answers=group) for e, group in zip(graded, rated, strict=True) if len(group) > 1]
-
-
-class Recording:
-    """In place of a Corpus: the documents of recorded episodes, in their order, over and over. `replay` as in Config:
-    of those that have a rubric or, for answers, of those whose answers can be trained on.
-
-    Raises UserError if the file cannot be read or has no such episode.
-    """
-
-    def __init__(self, name: str, replay: str = "problems") -> None:
-        self.name, answers = name, replay == "answers"
-        try:
-            episodes = read(Path(name), answers)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
-        episodes = with_groups(episodes) if answers else [e for e in episodes if e.rubric]
-        if not episodes:
-            raise UserError(f"--episodes {name}: no episode there has {'two rated answers' if answers else 'a rubric'}")
-        self.episodes = {id(e.document): e for e in episodes}  # not by its text: a document may recur, its problem not
-
-    def __iter__(self) -> Iterator[Document]:
-        return itertools.cycle([e.document for e in self.episodes.values()])
-
-
-recorded = functools.cache(Recording)
-
-
-def without(corpus: "Corpus | Recording", episodes: Sequence[Episode]) -> Iterator[Document]:
-    """The corpus without the held-out documents, in every epoch; told by their text, as ids of a stream change."""
-    held_out = {e.document.text for e in episodes}
-    return (document for document in corpus if document.text not in held_out)
-
-
-PAUSES = (5, 30, 120)  # seconds before a broken stream is opened again
-
-
-def documents_from(
-    corpus: Corpus | Recording, consumed: int, last: str | None = None, held_out: Sequence[Episode] = ()
-) -> Iterator[Document]:
-    """The corpus after its first `consumed` documents, read again from the start: exact for shuffled streams too.
-
-    Documents of the episodes `held_out` are left out, and not counted.
-
-    A stream whose connection breaks is opened again after each of PAUSES, then Unreachable is raised. Raises
-    UserError if the last document passed over is not the one with the id `last`: the corpus is not what it was.
-    """
-    failures = 0
-    while True:
-        try:
-            for number, document in enumerate(without(corpus, held_out), start=1):
-                if number == consumed and last not in (None, document.id):
-                    raise UserError(
-                        f"the corpus {corpus.name} has changed: document {consumed} was {last} and is now {document.id}"
-                    )
-                if number > consumed:
-                    consumed, last, failures = number, document.id, 0
-                    yield document
-        except Unreachable as error:
-            if failures == len(PAUSES):
-                raise
-            tqdm.write(f"{error}; again in {PAUSES[failures]} s")
-            time.sleep(PAUSES[failures])
-            failures += 1

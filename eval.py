@@ -13,8 +13,8 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,22 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-import config
 import data
 import model
-import pop
 import rubric
+from benchmarks import results
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdict
-from benchmarks.sets import BENCHMARKS, Item, held_out_items
-from data import HUB_CORPORA, UserError
-from engine import audit as auditing
-from engine import checkpoint, heldout, memory, runlog
-from lab import plan, results
-from model import LLM
+from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
+from config import PRESETS, Config, pick_preset, stored_config
+from data import HUB_CORPORA, UserError, read_episodes, read_lines
+from engine import audit, checkpoint, heldout, runlog, sources
+from model import LLM, Completion
 
 AGAIN = "the same command"  # goes on where an evaluation ended
+TOKEN_BUDGET = 98_304  # rows x longest row of a batch, at first: generate halves it where memory runs out
 CHUNK = 64  # prompts that are answered before their answers are written down
 
-# ----------------------------------------------------------------------------------------------------- models
+Answers = dict[str, dict[str, Any]]  # item id -> text, tokens, words, finished
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,7 @@ class Adapter:
 
 
 def find_adapter(name: str) -> Adapter:
-    """A run's folder (its adapter/ is taken), or one with an adapter in it, such as RUN/best.
-
-    Raises UserError if there is none.
-    """
+    """name: a run's folder, whose adapter/ is taken, or one with an adapter in it, such as RUN/best."""
     given = Path(name).expanduser()
     folder = given if (given / "adapter_config.json").is_file() else given / "adapter"
     try:
@@ -72,21 +68,22 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def settle(args: argparse.Namespace) -> list[Adapter]:
-    """Fill in what was left open, from the first adapter's run or else by hardware, and return the adapters.
+def configure(args: argparse.Namespace, names: Sequence[str], run: Path | None = None) -> Config:
+    """The preset's settings, over them those of a run, over them the flags of these names."""
+    preset = args.preset or pick_preset()[0]
+    stored = stored_config(run) if run else {}
+    known = {field.name for field in fields(Config)} - {"resume", "output", "dry_run"}
+    flags = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return Config(**PRESETS[preset] | {n: v for n, v in stored.items() if n in known} | flags | {"preset": preset})
 
-    Raises UserError if an adapter is missing or was trained on another model.
-    """
+
+def settle(args: argparse.Namespace) -> list[Adapter]:
+    """Fill in what was left open, and return the adapters. Raises UserError if one was trained on another model."""
     adapters = [find_adapter(name) for name in args.adapter]
     if len({a.label for a in adapters}) < len(adapters):
         raise UserError("--adapter: the same adapter twice")
-    preset = args.preset or config.pick_preset()[0]
-    stored = config.stored_config(adapters[0].run) if adapters and adapters[0].run else {}
-    known = {field.name for field in fields(pop.Config)} - {"resume", "output", "dry_run"}
-    given = {name: getattr(args, name, None) for name in ("model", "load_in", "task", "corpus", "seed")}
-    settings = {**config.PRESETS[preset], **{name: value for name, value in stored.items() if name in known}}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    args.config = pop.Config(**{**settings, "preset": preset})
+    run = adapters[0].run if adapters else None
+    args.config = configure(args, ("model", "load_in", "task", "corpus", "seed"), run)
     args.model, args.load_in = args.config.model, args.config.load_in
     for adapter in adapters:
         if Path(adapter.base).name != Path(model.resolve(args.model)).name:
@@ -94,60 +91,49 @@ def settle(args: argparse.Namespace) -> list[Adapter]:
     return adapters
 
 
-# ---------------------------------------------------------------------------------------------------- answers
+def load_model(name: str, cfg: Config, token_budget: int = TOKEN_BUDGET) -> LLM:
+    return model.load(
+        name,
+        load_in=cfg.load_in,
+        seed=cfg.seed,
+        token_budget=token_budget,
+        dequantize=cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available()),
+        cuda_graph=cfg.cuda_graph,
+    )
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that grows line by line; what a killed process left of a line is cut off."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+def written(path: Path) -> list[dict[str, Any]]:
+    return list(read_lines(path)) if path.exists() else []
 
 
-def answer(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """item id -> {text, tokens, words, finished}; those that are on disk are read, the others written as they come.
+def replies(llm: LLM, conversations: Sequence[Messages], args: argparse.Namespace, desc: str) -> list[Completion]:
+    prompts = [llm.encode_messages(messages) for messages in conversations]
+    outputs = llm.generate(prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, desc=desc)
+    return [completion for (completion,) in outputs]
 
-    On disk the text is whole. What is returned is without a reasoning model's thoughts: nobody judges or counts them.
-    """
+
+def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> Answers:
+    """Those on disk are read, the others generated and appended. Thoughts stay there: nobody judges or counts them."""
     path = args.folder / f"answers-{label}.jsonl"
     asked = {item.id: digest(item.messages) for item in items}
-    had = {r["id"]: r for r in read_records(path) if asked.get(r["id"]) == r["asked"]}
+    had = {r["id"]: r for r in written(path) if asked.get(r["id"]) == r["asked"]}
     todo = [item for item in items if item.id not in had]
-    budgets = {"answer": args.token_budget}
-    with tqdm(total=len(items), initial=len(items) - len(todo), desc=f"answers of {label}", unit="prompt") as bar:
-        for start in range(0, len(todo), CHUNK):
-            chunk = todo[start : start + CHUNK]
-
-            def work(chunk: Sequence[Item] = chunk) -> list[Any]:
-                llm.token_budget = budgets["answer"]
-                torch.manual_seed(int(digest(args.seed, *(item.id for item in chunk)), 16) % 2**63)
-                return llm.generate(
-                    [llm.encode_messages(item.messages) for item in chunk],
-                    max_new_tokens=args.max_new_tokens,
-                    temperature=args.temperature,
-                    desc="answer",
-                )
-
-            written = memory.within_memory(llm, "answer", work, lambda: None, budgets)
-            new = [
-                {
-                    "id": item.id,
-                    "asked": asked[item.id],
-                    "text": completion.text,
-                    "tokens": len(completion.ids),
-                    "words": len(rubric.final_answer(completion.text).split()),
-                    "finished": completion.finished,
-                }
-                for item, (completion,) in zip(chunk, written, strict=True)
-            ]
-            runlog.append(path, *new, again=AGAIN)
-            had |= {record["id"]: record for record in new}
-            bar.update(len(chunk))
-    args.token_budget = budgets["answer"]  # halved for good where memory ran out
+    for start in tqdm(range(0, len(todo), CHUNK), desc=f"answers of {label}", unit="prompt", unit_scale=CHUNK):
+        chunk = todo[start : start + CHUNK]
+        torch.manual_seed(int(digest(args.seed, *(item.id for item in chunk)), 16) % 2**63)
+        new = [
+            {
+                "id": item.id,
+                "asked": asked[item.id],
+                "text": completion.text,
+                "tokens": len(completion.ids),
+                "words": len(rubric.final_answer(completion.text).split()),
+                "finished": completion.finished,
+            }
+            for item, completion in zip(chunk, replies(llm, [i.messages for i in chunk], args, "answer"), strict=True)
+        ]
+        runlog.append(path, *new, again=AGAIN)
+        had |= {record["id"]: record for record in new}
     return {item.id: {**had[item.id], "text": rubric.final_answer(had[item.id]["text"])} for item in items}
 
 
@@ -155,10 +141,9 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def that_fit(llm: LLM, items: Sequence[Item], max_new_tokens: int) -> list[Item]:
+def fitting(llm: LLM, items: Sequence[Item], max_new_tokens: int) -> list[Item]:
     """The items whose prompt leaves room for an answer in the model's context; the others are named."""
-    lengths = {item.id: len(llm.encode_messages(item.messages)) for item in items}
-    fit = [item for item in items if lengths[item.id] + max_new_tokens <= llm.context]
+    fit = [item for item in items if len(llm.encode_messages(item.messages)) + max_new_tokens <= llm.context]
     if left := [item.id for item in items if item not in fit]:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         tqdm.write(f"{len(left)} prompts leave no room for {max_new_tokens} tokens in the context: left out ({shown})")
@@ -167,145 +152,98 @@ def that_fit(llm: LLM, items: Sequence[Item], max_new_tokens: int) -> list[Item]
     return fit
 
 
-def problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) -> list[Item]:
+def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) -> list[Item]:
     """The items of `heldout`: written by the base model once for this folder, from documents no adapter has seen."""
     cfg, path = args.config, args.folder / "heldout.jsonl"
-    seen = {
-        json.loads(line)["document"]["text"]
-        for adapter in adapters
-        if adapter.run and (adapter.run / "episodes.jsonl").is_file()
-        for line in (adapter.run / "episodes.jsonl").read_text(encoding="utf-8").split("\n")
-        if line
-    }
-    for adapter in adapters:
-        if not adapter.run:
-            tqdm.write(f"{adapter.label} is no run's: that it has not seen these documents is for you to know")
+    seen = {e["document"]["text"] for a in adapters if a.run for e in read_lines(a.run / "episodes.jsonl")}
+    for adapter in (a for a in adapters if not a.run):
+        tqdm.write(f"{adapter.label} is no run's: that it has not seen these documents is for you to know")
     unseen = (  # adapters may have seen more or less of a document than is used here
         d
-        for d in heldout.candidates(pop.open_corpus(cfg), cfg)
+        for d in heldout.candidates(sources.open_corpus(cfg), cfg)
         if not any(d.text.startswith(text) or text.startswith(d.text) for text in seen)
     )
     documents = list(islice(unseen, args.limit or 64))
-    read_records(path)  # cuts off half a line
-    had = data.read(path) if path.exists() else []
+    had = read_episodes(path) if path.exists() else []
     todo = [d for d in documents if d not in [e.document for e in had]]
-    with tqdm(total=len(documents), initial=len(documents) - len(todo), desc="problems", unit="document") as bar:
-        for start in range(0, len(todo), 8):
-            new = heldout.make(llm, todo[start : start + 8], cfg)
-            runlog.append(path, *map(asdict, new), again=AGAIN)
-            had += new
-            bar.update(len(new))
-    kept = [e for e in rubric.alive(had) if e.document in documents]
+    for start in tqdm(range(0, len(todo), 8), desc="problems", unit="document", unit_scale=8):
+        new = heldout.make(llm, todo[start : start + 8], cfg)
+        runlog.append(path, *map(asdict, new), again=AGAIN)
+        had += new
+    kept = [e for e in data.alive(had) if e.document in documents]
     print(f"{len(kept)} problems with rubrics from {len(documents)} documents, none of them trained on")
-    return held_out_items(kept, heldout.yardstick(cfg))
+    return heldout_items(kept, heldout.yardstick(cfg))
 
 
-# --------------------------------------------------------------------------------------------------- verdicts
-
-
-def judged(
-    judge: LocalJudge | EndpointJudge, items: Iterable[Iterable[Question]], label: str, args: argparse.Namespace
+def verdicts_of(
+    judge: LocalJudge | EndpointJudge, questions: Sequence[Question], label: str, args: argparse.Namespace
 ) -> dict[str, Value | None]:
     """question id -> verdict, None if unjudged; those on disk are read, the others written down as they come."""
-    questions = [question for item in items for question in item]
     path = args.folder / f"verdicts-{slug(judge.label)}-{label}.jsonl"
     asked = {q.id: digest(q.messages) for q in questions}
     values = {
         record["question"]: record["value"]
-        for record in read_records(path)
+        for record in written(path)
         if record["value"] is not None and asked.get(record["question"]) == record["asked"]
     }
+    if todo := [q for q in questions if q.id not in values]:
+        print(f"{label}: {len(values)} of {len(questions)} verdicts are there, {len(todo)} to ask for")
+        with tqdm(total=len(todo), desc="judge", unit="verdict", leave=False) as bar:
 
-    def keep(verdicts: Sequence[Verdict]) -> None:
-        runlog.append(path, *({**asdict(v), "asked": asked[v.question]} for v in verdicts), again=AGAIN)
-        values.update({v.question: v.value for v in verdicts})
+            def keep(verdicts: Sequence[Verdict]) -> None:
+                runlog.append(path, *({**asdict(v), "asked": asked[v.question]} for v in verdicts), again=AGAIN)
+                values.update({v.question: v.value for v in verdicts})
+                bar.update(len(verdicts))
 
-    def ask() -> None:
-        if isinstance(judge, LocalJudge):
-            judge.llm.token_budget = budgets["judge"]
-        judge.ask([q for q in questions if q.id not in values], keep)
-
-    budgets = {"judge": args.token_budget}
-    if todo := len(questions) - len(values):
-        print(f"{label}: {len(values)} of {len(questions)} verdicts are there, {todo} to ask for")
-        if isinstance(judge, LocalJudge):
-            memory.within_memory(judge.llm, "judge", ask, lambda: None, budgets)
-            args.token_budget = budgets["judge"]
-        else:
-            ask()
+            judge.ask(todo, keep)
     return values
 
 
-def local_judge(llm: LLM | None, args: argparse.Namespace) -> LocalJudge:
-    """The base model that has just answered or, where llm is None, the one that is named, loaded in its place."""
-    if llm is None:
-        gc.collect()
-        torch.cuda.empty_cache()
-        return LocalJudge(load(args.judge, args), args.judge)
-    print(
-        "the judge is the base model: where it also gave the rewards of the training, it flatters what it trained "
-        "(another judge: --judge, --judge-url)"
-    )
-    return LocalJudge(llm, "base")
-
-
-def load(name: str, args: argparse.Namespace) -> LLM:
-    cfg = replace(args.config, model=name, rollout_tokens=args.token_budget)
-    return model.load(
-        name,
-        load_in=cfg.load_in,
-        seed=cfg.seed,
-        token_budget=cfg.rollout_tokens,
-        dequantize=plan.dequantizes(cfg),
-        cuda_graph=cfg.cuda_graph,
-    )
-
-
-# --------------------------------------------------------------------------------------------- an evaluation
-
-
-def evaluate(args: argparse.Namespace) -> None:
+def run_benchmark(args: argparse.Namespace) -> None:
     """Answers, verdicts and results of a benchmark; all is on disk as it comes, so that a killed one goes on."""
     bench, adapters = BENCHMARKS[args.bench], settle(args)
     check(args, adapters)
-    endpoint = EndpointJudge(args.judge_url, args.judge) if args.judge_url else None
-    items = chosen(bench.read(args), args)
+    judge: LocalJudge | EndpointJudge | None = EndpointJudge(args.judge_url, args.judge) if args.judge_url else None
+    items = bench.items(args)
+    if args.limit and args.limit < len(items):
+        random.Random(args.config.seed).shuffle(items)  # a higher limit adds to a lower one's
+        items = items[: args.limit]
     for item in items[:1]:
         bench.questions(item, "an answer", "another")  # whether the judge's prompts are at hand
     args.max_new_tokens = args.max_new_tokens or bench.max_new_tokens or args.config.max_new_tokens
-    args.folder = folder(args)
+    args.folder = make_folder(args)
     with checkpoint.locked(args.folder):
+        for name in ("answers-*.jsonl", "verdicts-*.jsonl", "heldout.jsonl"):
+            for file in args.folder.glob(name):
+                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a last line, which a killed process left
         print(f"{args.bench}: {bench.about}\n{args.model} in {args.load_in}, {sampling(args)}; all in {args.folder}/")
-        llm = load(args.model, args)
-        items, answers = answer_all(llm, items, adapters, args)
-        asked = {
-            label: [bench.questions(i, own[i.id]["text"], answers["base"][i.id]["text"]) for i in items]
-            for label, own in answers.items()
-        }
-        judge: LocalJudge | EndpointJudge | None = endpoint
-        if any(questions for each in asked.values() for questions in each) and judge is None:
-            if args.judge not in (None, args.model):
-                llm = None  # type: ignore[assignment]  # it makes room for the judge
-            judge = local_judge(llm, args)
-        values = {label: judged(judge, each, label, args) for label, each in asked.items()} if judge else {}
-        scores = {
-            label: {
-                item.id: bench.score(item, answers[label][item.id], [values[label][q.id] for q in questions])
-                for item, questions in zip(items, each, strict=True)
-            }
-            for label, each in asked.items()
-        }
-        result = results.summary(bench.metrics, answers, scores) | {
-            "benchmark": args.bench,
-            "model": args.model,
-            "load_in": args.load_in,
-            "sampling": sampling(args),
-            "data": args.data or "packaged",
-            "judge": judge.label if judge else None,
-        }
+        llm = load_model(args.model, args.config)
+        items = unseen_problems(llm, adapters, args) if args.bench == "heldout" else items
+        items = fitting(llm, items, args.max_new_tokens)
+        with llm.adapters_off():
+            answers = {"base": answers_of(llm, items, "base", args)}
+        for adapter in adapters:
+            llm.take_adapter(adapter.folder)
+            answers[adapter.label] = answers_of(llm, items, adapter.label, args)
+        if bench.judged and judge is None and args.judge in (None, args.model):
+            print("the judge is the base model, which flatters what it trained (another: --judge, --judge-url)")
+            judge = LocalJudge(llm, "base")
+        elif bench.judged and judge is None:
+            del llm  # it makes room for the judge
+            gc.collect()
+            torch.cuda.empty_cache()
+            judge = LocalJudge(load_model(args.judge, args.config), args.judge)
+        scores = {}
+        for label, own in answers.items():
+            asked = {i.id: bench.questions(i, own[i.id]["text"], answers["base"][i.id]["text"]) for i in items}
+            values = verdicts_of(judge, [q for each in asked.values() for q in each], label, args) if judge else {}
+            scores[label] = {i.id: bench.score(i, own[i.id], [values[q.id] for q in asked[i.id]]) for i in items}
+        result = results.summary(bench, answers, scores)
+        result |= {"benchmark": args.bench, "model": args.model, "load_in": args.load_in, "sampling": sampling(args)}
+        result |= {"data": args.data or "packaged", "judge": judge.label if judge else None}
         path = args.folder / (f"results-{slug(judge.label)}.json" if judge else "results.json")
         checkpoint.write_json(path, args.folder, result)
-    print(results.table([result]), *results.sentences(result), f"all numbers in {path}", sep="\n")
+    print(results.as_markdown([result]), f"all numbers in {path}", sep="\n")
 
 
 def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
@@ -314,29 +252,20 @@ def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
         raise UserError("winrate compares an adapter with the base model: give --adapter RUN")
     if args.judge_url and not args.judge:
         raise UserError("--judge-url needs --judge NAME, the model that the endpoint is to use")
-    for name in ("limit", "max_new_tokens", "token_budget"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    for flag, value in (("limit", args.limit), ("max-new-tokens", args.max_new_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be 1 or more")
     if args.temperature < 0:
         raise UserError(f"--temperature {args.temperature}: must be 0 (greedy) or more")
 
 
-def chosen(items: list[Item], args: argparse.Namespace) -> list[Item]:
-    """--limit of the items, at random but so that a higher limit adds to a lower one's."""
-    if args.limit and args.limit < len(items):
-        random.Random(args.config.seed).shuffle(items)
-        return items[: args.limit]
-    return items
-
-
-def folder(args: argparse.Namespace) -> Path:
+def make_folder(args: argparse.Namespace) -> Path:
     """The evaluation's folder. Raises UserError if it holds answers that were made in another way."""
     path = Path(args.output or f"runs/eval-{args.bench}-{slug(Path(args.model).name)}-{args.load_in}")
     names = ["bench", "model", "load_in", "max_new_tokens", "temperature"]
     settings = {name: getattr(args, name) for name in names} | {"seed": args.config.seed, "data": args.data}
     if args.bench == "heldout":
-        cfg = args.config
-        settings |= {"task": cfg.task, "corpus": cfg.corpus, "min_words": cfg.min_words, "max_words": cfg.max_words}
+        settings |= {name: getattr(args.config, name) for name in ("task", "corpus", "min_words", "max_words")}
     try:
         path.mkdir(parents=True, exist_ok=True)
         stored = json.loads(file.read_text()) if (file := path / "settings.json").exists() else settings
@@ -354,36 +283,18 @@ def sampling(args: argparse.Namespace) -> str:
     return f"{how}, up to {args.max_new_tokens} tokens, seed {args.config.seed}"
 
 
-def answer_all(
-    llm: LLM, items: list[Item], adapters: Sequence[Adapter], args: argparse.Namespace
-) -> tuple[list[Item], dict[str, dict[str, dict[str, Any]]]]:
-    """The items that could be put to the model, and label -> item id -> answer: the base model's first."""
-    if args.bench == "heldout":
-        items = problems(llm, adapters, args)
-    items = that_fit(llm, items, args.max_new_tokens)
-    with llm.adapters_off():
-        answers = {"base": answer(llm, items, "base", args)}
-    for adapter in adapters:
-        llm.take_adapter(adapter.folder)
-        answers[adapter.label] = answer(llm, items, adapter.label, args)
-    return items, answers
-
-
-def compare(args: argparse.Namespace) -> None:
+def run_compare(args: argparse.Namespace) -> None:
     """Finished evaluations side by side."""
     print(results.side_by_side(list(map(Path, args.folders))))
 
 
-# -------------------------------------------------------------------------------------------------------- chat
-
-
-def chat(args: argparse.Namespace) -> None:
+def run_chat(args: argparse.Namespace) -> None:
     """Talk to the base model and to an adapter side by side."""
     (adapter,) = settle(args)
     args.max_new_tokens = args.max_new_tokens or 512
-    llm = load(args.model, args)
+    llm = load_model(args.model, args.config)
     llm.take_adapter(adapter.folder)
-    histories: dict[str, list[dict[str, str]]] = {"base": [], adapter.label: []}
+    histories: dict[str, Messages] = {"base": [], adapter.label: []}
     print(f"{args.model} and {adapter.label}, {sampling(args)}. An empty line starts anew, Ctrl-D ends.")
     torch.manual_seed(args.config.seed)
     while True:
@@ -399,12 +310,7 @@ def chat(args: argparse.Namespace) -> None:
             history.append({"role": "user", "content": said})
             try:
                 with llm.adapters_off() if label == "base" else contextlib.nullcontext():
-                    ((reply,),) = llm.generate(
-                        [llm.encode_messages(history)],
-                        max_new_tokens=args.max_new_tokens,
-                        temperature=args.temperature,
-                        desc=label,
-                    )
+                    (reply,) = replies(llm, [history], args, label)
             except UserError as error:  # the conversation has outgrown the context
                 print(f"{error}\n(an empty line starts anew)")
                 history.pop()
@@ -413,82 +319,67 @@ def chat(args: argparse.Namespace) -> None:
             print(f"\n{label}: {reply.text}" + ("" if reply.finished else " ..."))
 
 
-# ------------------------------------------------------------------------------------------------------- audit
-
-
-def audit(args: argparse.Namespace) -> None:
+def run_audit(args: argparse.Namespace) -> None:
     """What the reward gives for a reference, a sampled answer, and answers that deserve nothing; guards off and on."""
-    preset = args.preset or config.pick_preset()[0]
-    given: dict[str, Any] = {name: getattr(args, name) for name in ("model", "judge", "task", "corpus")}
-    settings = {**config.PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
-    cfg = pop.Config(**{**settings, "preset": preset, "seed": args.seed})
+    cfg = configure(args, ("model", "judge", "task", "corpus", "seed"))
     path = Path(args.output or f"runs/audit-{Path(cfg.model).name}-{cfg.task}-{cfg.judge}.json")
-    documents = heldout.set_aside(pop.open_corpus(cfg), args.documents, cfg)
-    llm = model.load(
-        cfg.model, load_in=cfg.load_in, seed=cfg.seed, token_budget=cfg.rollout_tokens, dequantize=plan.dequantizes(cfg)
-    )
+    documents = heldout.set_aside(sources.open_corpus(cfg), args.documents, cfg)
+    llm = load_model(cfg.model, cfg, cfg.rollout_tokens)
     episodes = heldout.make(llm, documents, cfg)
-    kept = heldout.alive(episodes)
+    kept = data.alive(episodes)
     print(f"{cfg.model}, {cfg.judge} judge: {len(kept)} problems with rubrics, from {len(episodes)} documents")
     if len(kept) < 2:
         reasons = ", ".join(e.drop for e in episodes if e.drop) or "the corpus has too few"
         raise UserError(f"--documents {args.documents}: need 2 usable ones ({reasons}); ask for more")
-    result = auditing.audit(llm, kept, cfg)
+    result = audit.audit(llm, kept, cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(path, path.parent, result)
-    print(auditing.table(result), *auditing.warnings(result), f"all numbers in {path}", sep="\n")
-
-
-# ---------------------------------------------------------------------------------------------------- command line
+    print(audit.table(result), *audit.warnings(result), f"all numbers in {path}", sep="\n")
 
 
 def parser() -> argparse.ArgumentParser:
     models = argparse.ArgumentParser(add_help=False)
-    models.add_argument("--preset", choices=list(config.PRESETS), help="settings to start from; default: by hardware")
+    models.add_argument("--preset", choices=list(PRESETS), help="settings to start from; default: by hardware")
     models.add_argument("--model", help="as for pop.py; default: the adapter's, or the preset's")
-    models.add_argument("--load-in", choices=["4bit", "bf16", "fp32"], help="default: the adapter's, or the preset's")
     models.add_argument("--seed", type=int, default=0)
-    models.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    models.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens; default: the benchmark's")
-    models.add_argument("--token-budget", type=int, default=98_304, help="rows x longest row of a batch")
-    shared = argparse.ArgumentParser(add_help=False, parents=[models])
-    shared.add_argument("--adapter", nargs="+", default=[], metavar="RUN", help="runs, or folders such as RUN/best")
-    shared.add_argument("--limit", type=int, help="at most so many prompts (heldout: documents, default 64)")
-    shared.add_argument(
-        "--judge", metavar="MODEL", help="any model; default: the base model. With --judge-url its name"
-    )
-    shared.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint; key: JUDGE_API_KEY")
-    shared.add_argument("--output", metavar="FOLDER", help="default: runs/eval-BENCHMARK-MODEL-PRECISION")
+    answering = argparse.ArgumentParser(add_help=False, parents=[models])
+    answering.add_argument("--load-in", choices=["4bit", "bf16", "fp32"], help="default: the adapter's or the preset's")
+    answering.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    answering.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens; default: the benchmark's")
+    judging = argparse.ArgumentParser(add_help=False, parents=[answering])
+    judging.add_argument("--adapter", nargs="+", default=[], metavar="RUN", help="runs, or folders such as RUN/best")
+    judging.add_argument("--limit", type=int, help="at most so many prompts (heldout: documents, default 64)")
+    judging.add_argument("--judge", metavar="MODEL", help="default: the base model. With --judge-url its name there")
+    judging.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint; key: JUDGE_API_KEY")
+    judging.add_argument("--output", metavar="FOLDER", help="default: runs/eval-BENCHMARK-MODEL-PRECISION")
 
     main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
-    for name, bench in BENCHMARKS.items():
-        command = commands.add_parser(name, help=bench.about, description=bench.about, parents=[shared])
-        command.set_defaults(run=evaluate, bench=name, data=None, task=None, corpus=None)
-        if name == "heldout":
-            command.add_argument("--task", choices=list(HUB_CORPORA), help="default: the adapter's")
-            command.add_argument("--corpus", help="as for pop.py; default: the adapter's")
-        else:
-            command.add_argument("--data", metavar="FILE", help="a file of your own, or hub; default: the packaged set")
-        if name == "writing":
-            command.add_argument("--lang", choices=["en", "zh"], help="only prompts in this language")
-    command = commands.add_parser("compare", help=compare.__doc__, description=compare.__doc__)
-    command.add_argument("folders", nargs="+", metavar="FOLDER", help="of an evaluation")
-    command.set_defaults(run=compare)
-    command = commands.add_parser("chat", help=chat.__doc__, description=chat.__doc__, parents=[models])
-    command.add_argument("--adapter", nargs=1, required=True, metavar="RUN", help="a run, or a folder such as RUN/best")
-    command.set_defaults(run=chat)
 
-    command = commands.add_parser("audit", help=audit.__doc__, description=audit.__doc__)
-    command.add_argument("--preset", choices=list(config.PRESETS), help="settings to start from; default: by hardware")
-    command.add_argument("--model", help="as for pop.py; default: the preset's")
-    command.add_argument("--judge", choices=["generate", "logits"], help="default: the preset's")
-    command.add_argument("--task", choices=list(HUB_CORPORA), default="instructions")
-    command.add_argument("--corpus", help="as for pop.py: its held-out documents are used; default: the preset's")
-    command.add_argument("--documents", type=int, default=12)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--output", help="the JSON file; default: runs/audit-MODEL-TASK-JUDGE.json")
-    command.set_defaults(run=audit)
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str | None, *parents: Any) -> Any:
+        command = commands.add_parser(name, help=about, description=about, parents=parents)
+        command.set_defaults(run=run, bench=name, data=None, task=None, corpus=None)
+        return command.add_argument
+
+    for name, bench in BENCHMARKS.items():
+        flag = add(name, run_benchmark, bench.about, judging)
+        if name == "heldout":
+            flag("--task", choices=list(HUB_CORPORA), help="default: the adapter's")
+            flag("--corpus", help="as for pop.py; default: the adapter's")
+        else:
+            flag("--data", metavar="FILE", help="a file of your own, or hub; default: the packaged set")
+        if name == "writing":
+            flag("--lang", choices=["en", "zh"], help="only prompts in this language")
+    flag = add("compare", run_compare, run_compare.__doc__)
+    flag("folders", nargs="+", metavar="FOLDER", help="of an evaluation")
+    flag = add("chat", run_chat, run_chat.__doc__, answering)
+    flag("--adapter", nargs=1, required=True, metavar="RUN", help="a run, or a folder such as RUN/best")
+    flag = add("audit", run_audit, run_audit.__doc__, models)
+    flag("--judge", choices=["generate", "logits"], help="default: the preset's")
+    flag("--task", choices=list(HUB_CORPORA), default="instructions")
+    flag("--corpus", help="as for pop.py: its held-out documents are used; default: the preset's")
+    flag("--documents", type=int, default=12)
+    flag("--output", help="the JSON file; default: runs/audit-MODEL-TASK-JUDGE.json")
     return main
 
 

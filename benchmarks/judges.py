@@ -3,16 +3,15 @@
 A judge that cannot be reached, or whose reply holds no verdict, leaves a question unjudged: never a score of 0.
 """
 
-import json
+import contextlib
 import os
 import re
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from multiprocessing.pool import ThreadPool
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -20,20 +19,17 @@ from tqdm.auto import tqdm
 
 from data import UserError
 from engine.forms import Field, room
+from model import LLM
 from rubric import final_answer
-
-if TYPE_CHECKING:
-    from model import LLM
 
 Value = float | list[float]  # what a verdict is: 0 or 1, a score, ratings, a preference
 
 CHUNK = 64  # questions of a local judge between two saves
-CONNECT_SECONDS = 10.0
-REPEAT_TEMPERATURE = 0.7  # of a question asked again: greedily the same nonsense would come
-RETRIED = (408, 409, 429)  # besides 5xx, by the client
+REPLY_TOKENS = 1_024  # of an endpoint's reply
 NO_VERDICT = "no verdict in the reply"
+INSTEAD = {"max_tokens": "max_completion_tokens is sent", "temperature": "its verdicts may vary"}
 
-# Answers that every question would get -> what to do about it.
+# HTTP statuses that every question would get -> what to do about it.
 REMEDIES = {
     401: "set JUDGE_API_KEY (or OPENAI_API_KEY) to a key that it takes",
     402: "it wants to be paid",
@@ -45,282 +41,182 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Question:
-    """One call of the judge."""
-
     id: str  # unique within an evaluation, e.g. "item-17/3"
     messages: list[dict[str, str]]  # chat messages: optional system, then user
-    form: list[Field]  # how a local model is made to answer
+    form: list[Field]  # the template of a local judge's reply
     read: Callable[[str], Value | None]  # the reply -> the verdict; None: nonsense
-    max_tokens: int  # room for the reply of an endpoint
-    digits: str = ""  # "012": a local judge's verdict is the expected one, by their probabilities; no form is filled in
+    max_tokens: int = REPLY_TOKENS  # room for the reply of an endpoint
+    digits: str = ""  # "012": a local verdict is the expected one, by their probabilities; no form is filled in
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a question came to."""
-
     question: str  # the question's id
     value: Value | None  # None: unjudged, never scored 0
     reply: str  # what the judge said
     reason: str = ""  # why it is unjudged
 
 
-Keep = Callable[[list[Verdict]], None]  # is handed verdicts as they come, to write them down
-
-
-def read_json(text: str) -> dict[str, Any] | None:
-    """The JSON object in a reply: bare, fenced or amid prose; of several the last. None if there is none.
-
-    What a judge says last counts: it may quote the answer, draft, or repeat the format before.
-
-    >>> read_json('It is short, so: {"score": 7}')
-    {'score': 7}
-    >>> read_json('[{"score": 7}]') is None
-    True
-    """
-    decoder, found, at = json.JSONDecoder(strict=False), None, 0
-    opening = re.compile(r'\[(?=\s*\{)|\{(?=\s*["}])')
-    while match := opening.search(text, at):
-        try:
-            found, at = decoder.raw_decode(text, match.start())
-        except json.JSONDecodeError as error:
-            at = max(error.pos, match.end())  # what a broken object holds is no reply of its own
-        except RecursionError:  # a loop of brackets
-            return None
-    return found if isinstance(found, dict) else None
-
-
-# ------------------------------------------------------------------------------------------------ a local model
-
-
 class LocalJudge:
-    """A model of this process, with its base weights: it fills in each question's form greedily, or says how likely it
-    finds each digit."""
+    """A model of this process, its adapters off: greedy constrained decoding, or the expected digit."""
 
-    def __init__(self, llm: "LLM", label: str) -> None:
+    def __init__(self, llm: LLM, label: str) -> None:
         self.llm, self.label = llm, label
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
-        """Hand every question's verdict to `keep`, CHUNK at a time.
+    def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
+        """Hand every question's verdict to `keep`, CHUNK at a time."""
+        context, kinds, fitting = self.llm.context, {}, []
+        for q in questions:
+            kinds[q.id] = (q.digits, room(self.llm, q.form))
+            needed = len(self.llm.encode_messages(q.messages)) + kinds[q.id][1]
+            if needed <= context:
+                fitting.append(q)
+            else:
+                keep([Verdict(q.id, None, "", f"too long for the judge: {needed} tokens, its context is {context}")])
+        # Sorted by their texts, questions with a common prefix share its prefill.
+        fitting.sort(key=lambda q: (kinds[q.id], [m["content"] for m in q.messages]))
+        for (digits, tokens), group in groupby(fitting, key=lambda q: kinds[q.id]):
+            alike = list(group)
+            for start in range(0, len(alike), CHUNK):
+                keep(self._verdicts(alike[start : start + CHUNK], digits, tokens))
 
-        Questions that begin alike are asked together, because what they share is read once.
-        """
-        kinds = {q.id: (q.digits, room(self.llm, q.form)) for q in questions}
-        ordered = sorted(questions, key=lambda q: (kinds[q.id], [m["content"] for m in q.messages]))
-        with tqdm(total=len(ordered), desc="judge", unit="verdict", leave=False) as bar:
-            for (_, tokens), group in groupby(ordered, key=lambda q: kinds[q.id]):
-                alike = list(group)
-                for at in range(0, len(alike), CHUNK):
-                    verdicts = self._judge(alike[at : at + CHUNK], tokens)
-                    keep(verdicts)
-                    bar.update(len(verdicts))
-
-    def _judge(self, questions: Sequence[Question], tokens: int) -> list[Verdict]:
-        prompts = [(q, self.llm.encode_messages(q.messages)) for q in questions]
-        context = self.llm.context
-        fitting = [(q, prompt) for q, prompt in prompts if len(prompt) + tokens <= context]
-        verdicts = [
-            Verdict(q.id, None, "", f"too long for the judge: {len(prompt) + tokens} tokens, its context is {context}")
-            for q, prompt in prompts
-            if len(prompt) + tokens > context
-        ]
-        if not fitting:
-            return verdicts
-        if digits := fitting[0][0].digits:
-            with self.llm.adapters_off():
-                probs = self.llm.choice_probs([p for _, p in fitting], self.llm.choice_ids("", digits)[1], desc="judge")
-            values = (probs @ torch.arange(len(digits), dtype=probs.dtype)).tolist()
-            return verdicts + [Verdict(q.id, value, "") for (q, _), value in zip(fitting, values, strict=True)]
-        with self.llm.adapters_off():
-            outputs = self.llm.generate(
-                [prompt for _, prompt in fitting],
-                max_new_tokens=tokens,
-                temperature=0,
-                forms=[q.form for q, _ in fitting],
-                desc="judge",
-            )
-        for (q, _), (completion,) in zip(fitting, outputs, strict=True):
-            value = q.read(final_answer(completion.text))
-            verdicts.append(Verdict(q.id, value, completion.text, NO_VERDICT if value is None else ""))
-        return verdicts
-
-
-# -------------------------------------------------------------------------------------------------- an endpoint
+    def _verdicts(self, questions: Sequence[Question], digits: str, tokens: int) -> list[Verdict]:
+        llm, prompts = self.llm, [self.llm.encode_messages(q.messages) for q in questions]
+        with llm.adapters_off():
+            if digits:
+                probs = llm.choice_probs(prompts, llm.choice_ids("", digits)[1], desc="judge")  # (prompts, digits)
+                values = (probs @ torch.arange(len(digits), dtype=probs.dtype)).tolist()
+                return [Verdict(q.id, value, "") for q, value in zip(questions, values, strict=True)]
+            forms = [q.form for q in questions]
+            outputs = llm.generate(prompts, max_new_tokens=tokens, temperature=0, forms=forms, desc="judge")
+        read = [(q.id, q.read(final_answer(c.text)), c.text) for q, (c,) in zip(questions, outputs, strict=True)]
+        return [Verdict(*each, NO_VERDICT if each[1] is None else "") for each in read]
 
 
 class EndpointJudge:
-    """A model behind an OpenAI-compatible endpoint, asked by several threads at once, at temperature 0.
+    """A model behind an OpenAI-compatible endpoint, asked by `workers` threads at once, at temperature 0.
 
-    url: its base, such as http://host:8000/v1. The key is read from JUDGE_API_KEY or OPENAI_API_KEY; it is in no
-    message, reply or file. timeout: seconds to wait for an answer. tries: how often a question is sent while the
-    endpoint gives none (no connection, timeout, HTTP 408, 409, 429, 5xx), with growing pauses or those that it asks
-    for, up to two minutes. nonsense_tries: how often it is asked before a reply that cannot be read is given up.
-    give_up: after so many questions in a row without an answer, no more are asked.
-
+    The key of JUDGE_API_KEY or OPENAI_API_KEY is in no message, reply or file. timeout: seconds. tries: of a question,
+    with growing pauses, while no answer comes. give_up: after so many questions without an answer, no more are asked.
     Raises UserError for a url that is none, a key that cannot be one, and without the package openai.
     """
 
     def __init__(
-        self,
-        url: str,
-        name: str,
-        *,
-        workers: int = 8,
-        timeout: float = 120.0,
-        tries: int = 4,
-        nonsense_tries: int = 3,
-        give_up: int = 10,
+        self, url: str, name: str, *, workers: int = 8, timeout: float = 120.0, tries: int = 4, give_up: int = 10
     ) -> None:
         try:
             import openai
         except ImportError:
             raise UserError("a judge behind a url needs the package openai: pip install openai") from None
         self.url, self.label = checked_url(url), name
-        self.workers, self.timeout, self.tries = workers, timeout, tries
-        self.nonsense_tries, self.give_up = nonsense_tries, give_up
+        self.workers, self.tries, self.give_up = workers, tries, give_up
         self._key = api_key()
         client = openai.OpenAI(
             base_url=self.url,
             api_key=self._key or "none",  # local servers want none, the client wants one
-            timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
+            timeout=openai.Timeout(timeout, connect=min(timeout, 10)),
             max_retries=tries - 1,
         )
         self._create: Any = client.chat.completions.create  # here, as it imports what threads should not at once
+        self._errors = (openai.APIError, ValueError)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
         self._lock = threading.Lock()
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> None:
-        """Hand every question's verdict to `keep`, in this thread, one by one as they come.
+    def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
+        """Hand each verdict to `keep`, in this thread, as it comes. Raises UserError where all would get the same."""
+        unanswered, stopped = 0, False
 
-        Raises UserError for an answer that every question would get, such as that of a wrong key.
-        """
-        waiting, done = deque(questions), SimpleQueue[Verdict | Exception]()
-        unanswered = 0  # in a row
-
-        def work() -> None:
-            nonlocal unanswered
-            while (question := first_of(waiting)) is not None:
-                try:
-                    verdict, answered = self._judge(question)
-                except Exception as error:  # raised below
-                    waiting.clear()
-                    done.put(error)
-                    return
-                done.put(verdict)
-                with self._lock:
-                    unanswered = 0 if answered else unanswered + 1
-                    given_up = unanswered >= self.give_up
-                if given_up and (rest := list(iter(lambda: first_of(waiting), None))):
-                    tqdm.write(
-                        f"WARNING: the judge at {self.url} gave no answer to {self.give_up} questions in a row "
-                        f"({verdict.reason}): {len(rest)} more are left unjudged"
-                    )
-                    for q in rest:
-                        done.put(Verdict(q.id, None, "", "the endpoint did not answer"))
-
-        # Daemons, unlike an executor's threads, are not waited for at exit: Ctrl-C need not outlast their timeouts.
-        for _ in range(min(self.workers, len(questions))):
-            threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in tqdm(questions, desc="judge", unit="verdict", leave=False):
-                came = done.get()
-                if isinstance(came, Exception):
-                    raise came
-                keep([came])
-        finally:
-            waiting.clear()
-
-    def _judge(self, question: Question) -> tuple[Verdict, bool]:
-        """The verdict, and whether the endpoint answered. Raises UserError for an answer that is one of REMEDIES."""
-        import openai
-
-        text = reason = ""
-        for attempt in range(self.nonsense_tries):
-            failure: Exception | None = None
+        def work(question: Question) -> Verdict:
+            nonlocal unanswered, stopped
+            if stopped:
+                return Verdict(question.id, None, "", "the endpoint did not answer")
             try:
-                choice = self._complete(question, REPEAT_TEMPERATURE if attempt else 0.0)
-            except (openai.APIError, ValueError) as error:
-                failure = error
-            if failure is not None:  # not in the except block, so that no other errors hang on to one raised here
-                return self._unanswered(question, failure)
+                verdict, answered = self._verdict(question)
+            except Exception:
+                stopped = True
+                raise  # in the calling thread
+            with self._lock:
+                unanswered = 0 if answered else unanswered + 1
+                if unanswered >= self.give_up and not stopped:
+                    stopped = True
+                    tqdm.write(
+                        f"WARNING: the judge at {self.url} gave no answer to {unanswered} questions in a row "
+                        f"({verdict.reason}): the others are left unjudged"
+                    )
+            return verdict
+
+        with ThreadPool(self.workers) as pool:  # its threads are daemons: Ctrl-C does not wait for their timeouts
+            for verdict in pool.imap_unordered(work, questions):
+                keep([verdict])
+
+    def _verdict(self, question: Question) -> tuple[Verdict, bool]:
+        """The verdict, and whether the endpoint answered. Raises UserError for an answer that is one of REMEDIES."""
+        text = reason = ""
+        for temperature in (0.0, 0.7, 0.7):  # asked again greedily, the same nonsense would come
+            choice = self._complete(question, temperature)
+            if isinstance(choice, Exception):
+                return self._unanswered(question, choice)
             content = choice.message.content
             text = content if isinstance(content, str) else ""
             said = final_answer(text).strip()
+            if choice.finish_reason == "length":  # the last word may be half of one
+                said = said.rpartition("\n")[0]
             value = question.read(said) if said else None
             if value is not None:
-                return Verdict(question.id, value, self._hide(text)), True
-            cut = choice.finish_reason == "length"
-            reason = f"{NO_VERDICT}, which was cut off at {question.max_tokens} tokens" if cut else NO_VERDICT
-        return Verdict(question.id, None, self._hide(text), reason), True
+                return Verdict(question.id, value, self._without_key(text)), True
+            cut_off = f", which was cut off at {question.max_tokens} tokens"
+            reason = NO_VERDICT + (cut_off if choice.finish_reason == "length" else "")
+        return Verdict(question.id, None, self._without_key(text), reason), True
 
     def _unanswered(self, question: Question, failure: Exception) -> tuple[Verdict, bool]:
-        status = getattr(failure, "status_code", 0)
-        if status:
-            reason = f"HTTP {status}: {said_by(failure)}"
+        reason = f"no answer, {self.tries} times: {failure.__cause__ or failure}"
+        if status := getattr(failure, "status_code", 0):
+            reason = f"HTTP {status}: {message_of(failure)}"
         elif isinstance(failure, ValueError):
             reason = f"its answer is no chat completion: {failure}"
-        else:
-            reason = f"no answer, {self.tries} times: {failure.__cause__ or failure}"
-        reason = self._hide(reason)[:500]
+        reason = self._without_key(reason)[:500]
         if status in REMEDIES:
             raise UserError(f"the judge {self.label} at {self.url} says {reason}; {REMEDIES[status]}")
-        return Verdict(question.id, None, "", reason), 400 <= status < 500 and status not in RETRIED
+        answered = 400 <= status < 500 and status not in (408, 409, 429)  # these and 5xx are retried by the client
+        return Verdict(question.id, None, "", reason), answered
 
     def _complete(self, question: Question, temperature: float) -> Any:
-        """The endpoint's reply. Raises openai.APIError, or ValueError if it is no chat completion."""
-        import openai
-
+        """The endpoint's reply, or the error instead. Raised, it would carry the key that a server may echo along."""
         while True:
             sent: dict[str, Any] = {"max_tokens": question.max_tokens, "temperature": temperature}
-            if "max_tokens" in self._refused:  # by OpenAI's reasoning models; other servers know no other name
-                sent["max_completion_tokens"] = sent.pop("max_tokens")
-            if "temperature" in self._refused:
-                del sent["temperature"]
+            sent = {name: value for name, value in sent.items() if name not in self._refused}
+            if "max_tokens" not in sent:  # OpenAI's reasoning models refuse it; other servers know no other name
+                sent["max_completion_tokens"] = question.max_tokens
             try:
                 completion = self._create(model=self.label, messages=question.messages, **sent)
-            except openai.APIStatusError as error:
-                refused = refused_parameter(error)
-                if refused not in sent:
-                    raise
-                self._do_without(refused)
+            except self._errors as error:
+                if (refused := refused_parameter(error)) not in sent:
+                    return error
+                with self._lock:
+                    if refused not in self._refused:
+                        tqdm.write(f"the judge {self.label} takes no {refused}: {INSTEAD[refused]}")
+                    self._refused.add(refused)
                 continue
             choices = getattr(completion, "choices", None)
             if not choices or choices[0].message is None:
-                raise ValueError(getattr(completion, "error", None) or completion)
+                return ValueError(getattr(completion, "error", None) or completion)
             return choices[0]
 
-    def _do_without(self, parameter: str) -> None:
-        with self._lock:
-            if parameter not in self._refused:
-                instead = "max_completion_tokens is sent" if parameter == "max_tokens" else "its verdicts may vary"
-                tqdm.write(f"the judge {self.label} takes no {parameter}: {instead}")
-            self._refused.add(parameter)
-
-    def _hide(self, text: str) -> str:
-        """Without the key, which a server may echo, and without halves of characters, which no file takes."""
+    def _without_key(self, text: str) -> str:
+        """A server may echo the key. Halves of surrogate pairs, which no file takes, become question marks."""
         text = text.encode(errors="replace").decode()
         return text.replace(self._key, "***") if self._key else text
 
 
-def first_of(waiting: deque[Question]) -> Question | None:
-    """The next question, taken out; None if another thread took the last."""
-    try:
-        return waiting.popleft()
-    except IndexError:
-        return None
-
-
-def said_by(error: Any) -> str:
+def message_of(error: Any) -> str:
     """What a server said of an error, in whatever form."""
     message = error.body.get("message") if isinstance(error.body, dict) else None
     return str(message or error.body or "no reason given")
 
 
-def refused_parameter(error: Any) -> str:
+def refused_parameter(error: Exception) -> str:
     """The parameter that an HTTP 400 or 422 says is not taken, or nothing."""
-    said = said_by(error)
-    if error.status_code not in (400, 422):
-        return ""
+    said = message_of(error) if getattr(error, "status_code", 0) in (400, 422) else ""
     if re.search(r"\bmax_tokens\b", said) and re.search(r"unsupported|not support", said, re.IGNORECASE):
         return "max_tokens"  # not if it is only too large
     return "temperature" if re.search(r"\btemperature\b", said) else ""
@@ -328,22 +224,19 @@ def refused_parameter(error: Any) -> str:
 
 def checked_url(url: str) -> str:
     """Raises UserError unless it is the base of an endpoint. One with a password or a query is not repeated."""
-    if any(mark in url for mark in "@?#"):
+    if set("@?#") & set(url):
         raise UserError("the judge's url must have no user, password, ? or #: give a key in JUDGE_API_KEY")
-    try:
+    with contextlib.suppress(ValueError):  # brackets, a port
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url
-    except ValueError:  # brackets, a port
-        pass
     raise UserError(f"the judge's url {url!r} is none: give its base, such as http://host:8000/v1")
 
 
 def api_key() -> str:
     """Raises UserError for a key that no header can carry, which an error of the client would spell out."""
-    for name in ("JUDGE_API_KEY", "OPENAI_API_KEY"):
-        if key := os.environ.get(name, "").strip():
-            if not (key.isascii() and key.isprintable()):
-                raise UserError(f"{name} has characters that no key has: copy it again")
-            return key
-    return ""
+    keys = [os.environ.get(name, "").strip() for name in ("JUDGE_API_KEY", "OPENAI_API_KEY")]
+    key = keys[0] or keys[1]
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("JUDGE_API_KEY or OPENAI_API_KEY has characters that no key has: copy it again")
+    return key

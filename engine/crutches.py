@@ -1,6 +1,6 @@
 """For models too small to keep to a format that they are asked for, such as the demo's 135M (`--crutches`).
 
-Each role fills in a form while it decodes: labels are forced, golds are sentences of the document, other values its
+Decoding is constrained to each role's form: labels are forced, golds are sentences of the document, other values its
 own. The proposer gets prompts of one sentence, since the real ones are too long for a 135M; all else it is asked in the
 words that every model gets. No preset for a GPU comes here.
 """
@@ -36,14 +36,17 @@ OPENINGS = {
         "Write a story set in": "There was a",
     },
 }
-
-
 PROBLEM = {
     "instructions": "Write one question about the text above. Output only the question.",
     "health": "Write one question about health that the text above answers. Output only the question.",
     "writing": "Ask for a story in one sentence: who is the text above about, where are they, and what happens?",
 }
 REFERENCE = "Use the facts above to answer this in two or three sentences: {problem}"
+DESCRIPTIONS = (
+    "states this fact in its own words.",
+    "explains this fact and its cause.",
+    "tells this with names and numbers.",
+)
 
 
 def problem_form(cfg: Config, rng: random.Random) -> list[Field]:
@@ -60,21 +63,13 @@ def rubric_form(document: str, cfg: Config) -> list[Field]:
     """Two criteria, if so many are allowed, then more if the model wants to."""
     facts, form = tuple(statements(document)), []
     for k in range(cfg.max_criteria):
-        label = ', {"name": "' if k else '{"criteria": [{"name": "'
         form += [
-            Field(label, 6, optional=k > 1, quoted=True),
+            Field(', {"name": "' if k else '{"criteria": [{"name": "', 6, optional=k > 1, quoted=True),
             Field('", "gold": "', 24, choices=facts, distinct=True, quoted=not facts),
             Field('", "description": "The answer ', choices=DESCRIPTIONS),
             Field('", "weight": ', choices=tuple(f"{weight}}}" for weight in range(1, 6))),
         ]
     return form
-
-
-DESCRIPTIONS = (
-    "states this fact in its own words.",
-    "explains this fact and its cause.",
-    "tells this with names and numbers.",
-)
 
 
 def statements(document: str, longest: int = 18) -> list[str]:

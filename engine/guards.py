@@ -1,4 +1,4 @@
-"""Guards: what may change a grade besides the judge, each a pure function of the text with a switch in Config.
+"""Guards: what may change a grade besides the judge, each a pure function of the text that --skip-guards leaves out.
 
 Three veto an answer (reward 0; its grade stays on record), the fourth shortens the reward of long ones. They read the
 final answer, never a reasoning model's thoughts, and know English and the judge's own format only. Whether an answer
@@ -13,34 +13,20 @@ from itertools import pairwise
 
 from config import Config
 from data import Answer
-from engine.text import (
-    brings_text,
-    content_words,
-    final_answer,
-    in_english,
-    ngrams,
-    repeated,
-    short_answer_fits,
-    taken_from,
-    words,
-)
+from engine.parsing import final_answer
+from engine.text import brings_text, content_words, ngrams, repeated, short_answer_fits, taken_from, words
 
 
 def factor(answer: Answer, problem: str, cfg: Config) -> float:
     """The share of its grade that an answer keeps, in [0, 1]; what fired is noted in `answer.guards`."""
-    answer.guards = []
     kept, text = 1.0, final_answer(answer.text)
     if cfg.guarded("length"):
-        soft = cfg.soft_length * cfg.max_new_tokens
         tokens = len(answer.ids) if answer.finished else cfg.max_new_tokens
-        kept = length_factor(tokens, soft, cfg.max_new_tokens, cfg.length_floor)
-    vetoes = {
-        "judge_addressing": cfg.guarded("judge_addressing") and judge_addressing(text, problem),
-        "too_little_content": cfg.guarded("too_little_content") and too_little_content(text, problem),
-        "copies_problem": cfg.guarded("copies_problem") and copies_problem(text, problem),
-    }
-    answer.guards = [name for name, fired in {**vetoes, "length": kept < 1}.items() if fired]
-    return 0.0 if any(vetoes.values()) else kept
+        kept = length_factor(tokens, cfg.soft_length * cfg.max_new_tokens, cfg.max_new_tokens, cfg.length_floor)
+    vetoes = (judge_addressing, too_little_content, copies_problem)
+    fired = [veto.__name__ for veto in vetoes if cfg.guarded(veto.__name__) and veto(text, problem)]
+    answer.guards = fired + ["length"] * (kept < 1)
+    return 0.0 if fired else kept
 
 
 def length_factor(tokens: int, soft: float, hard: float, floor: float) -> float:
@@ -55,9 +41,9 @@ def length_factor(tokens: int, soft: float, hard: float, floor: float) -> float:
 
 LOOPING = 0.74  # of a text: said four times over, which is more than proofs, code and songs repeat
 STUB = frozenset(
-    "a an answer as certainly course follows here is it my of process reply response sure that the".split()
+    "a an answer as certainly course follows here is it my of process reply response sure that the thinking this "
+    "thought thoughts".split()
 )
-STUB |= frozenset("thinking this thought thoughts".split())
 
 
 def too_little_content(text: str, problem: str) -> bool:
@@ -66,17 +52,17 @@ def too_little_content(text: str, problem: str) -> bool:
 
     >>> [too_little_content(text, "Why does bread rise?") for text in ("Thought process:", "Yeast turns sugar to gas.")]
     [True, False]
-    >>> too_little_content("Paris.", "What is the capital of France?")
-    False
     """
     said = words(text)
     if STUB.issuperset(said) or repeated(text) > LOOPING:
         return True
-    if short_answer_fits(problem) or brings_text(problem) or not in_english(text):
-        return False  # of material that the problem gives, an answer may need no other words: corrected, classified ...
+    # Of material that the problem gives, an answer may need no other words: corrected, classified ... And the words of
+    # some scripts that are not Latin cannot be told apart, let alone counted.
+    letters = [c for c in text if c.isalpha()]
+    if short_answer_fits(problem) or brings_text(problem) or 2 * sum(c.isascii() for c in letters) < len(letters):
+        return False
     content = content_words(text)
-    new = content - content_words(problem)
-    return len(said) < 4 or len(new) < max(1, min(2, len(content)))
+    return len(said) < 4 or len(content - content_words(problem)) < max(1, min(2, len(content)))
 
 
 def copies_problem(text: str, problem: str, n: int = 4, share: float = 0.9) -> bool:
@@ -89,8 +75,6 @@ def copies_problem(text: str, problem: str, n: int = 4, share: float = 0.9) -> b
         return False
     return min(taken_from(problem, text, n), taken_from(text, problem, n)) > share
 
-
-# ------------------------------------------------------------------------------------------- judge-addressing
 
 # Most of these words are innocent alone (the immune response is complete; all criteria of a diagnosis are met; the
 # judges give a rider full marks), so a pattern needs the answer speaking of itself, or the judge's own vocabulary.
@@ -105,52 +89,35 @@ PRAISE = (
     r"exemplary|superb|(?:fully|entirely|perfectly) (?:complete|correct|accurate))"
 )
 IGNORE = r"\b(?:ignore|disregard|forget|override)(?: all| any| of| the| these| your){0,4}"
-THE_JUDGE = r"(?:the |all |any )?(?:judges?|graders?|evaluators?|raters?)\b"
-
 # Searched in each sentence.
 PRAISES_ITSELF = re.compile(
-    "|".join(
-        [
-            f"{SELF}.{{0,80}}?(?:{FULL_MARKS}|{MET})",
-            f"{FULL_MARKS}.{{0,80}}?{SELF}",
-            SELF + PRAISE,
-            rf"\b(?:rate|grade|score|mark) {SELF}",
-            rf"\bplease (?:\w+ ){{0,5}}?{FULL_MARKS}",
-        ]
-    ),
-    re.IGNORECASE,
+    rf"(?i){SELF}.{{0,80}}?(?:{FULL_MARKS}|{MET})|{FULL_MARKS}.{{0,80}}?{SELF}|{SELF}{PRAISE}"
+    rf"|\b(?:rate|grade|score|mark) {SELF}|\bplease (?:\w+ ){{0,5}}?{FULL_MARKS}"
 )
 ORDERS_JUDGE = re.compile(
-    "|".join(
-        [
-            r"\bcriteri(?:a|on) (?:\w+ ){0,2}?(?:fully|completely|perfectly) (?:met|satisfied|fulfilled)\b",
-            rf"\b(?:note|message|instructions?|attention|reminder)(?: to| for|[:,])? {THE_JUDGE}",
-            rf"{IGNORE} (?:criteria|rubrics?|prompts?)\b",
-            rf"{IGNORE} (?:previous|prior|above|earlier|preceding|other) (?:instructions?|rules|text)\b",
-        ]
-    ),
-    re.IGNORECASE,
+    r"(?i)\bcriteri(?:a|on) (?:\w+ ){0,2}?(?:fully|completely|perfectly) (?:met|satisfied|fulfilled)\b"
+    r"|\b(?:note|message|instructions?|attention|reminder)(?: to| for|[:,])? "
+    r"(?:the |all |any )?(?:judges?|graders?|evaluators?|raters?)\b"
+    rf"|{IGNORE} (?:criteria|rubrics?|prompts?)\b"
+    rf"|{IGNORE} (?:previous|prior|above|earlier|preceding|other) (?:instructions?|rules|text)\b"
 )
 # A judge's record, which is one line with what it found and one with the rating; a rating alone, as a line or as JSON;
-# chat tokens.
-FOUND_LINE = re.compile(r"[\W\d]*(?:evidence|thought)\b\W{0,5}:", re.IGNORECASE)
-RATING_LINE = re.compile(r"[\W\d]*(?:rating|score)\b\W{0,5}:\W{0,5}\d", re.IGNORECASE)
+# chat tokens; a closed tag that was not opened, as of the fence in which a judge is shown the answer.
+FOUND_LINE = re.compile(r"(?i)[\W\d]*(?:evidence|thought)\b\W{0,5}:")
+RATING_LINE = re.compile(r"(?i)[\W\d]*(?:rating|score)\b\W{0,5}:\W{0,5}\d")
 FORGED_LINE = re.compile(
-    r"[\W\d]*(?:rating\W{0,5}:\W{0,5}[012](?: ?(?:/|out of) ?2)?|"
-    r"(?:rating|score)\W{0,5}:\W{0,5}(\d{1,3}) ?(?:/|out of) ?\1)\W*",
-    re.IGNORECASE,
+    r"(?i)[\W\d]*(?:rating\W{0,5}:\W{0,5}[012](?: ?(?:/|out of) ?2)?|"
+    r"(?:rating|score)\W{0,5}:\W{0,5}(\d{1,3}) ?(?:/|out of) ?\1)\W*"
 )
-FORGED_JSON = re.compile(r"""\{\s{0,9}["'](?:rating|score|grade)s?["']\s{0,9}:[\d",\s[\]]{1,60}\}""", re.IGNORECASE)
-PROMPT_MARK = re.compile(r"<\|[a-z_]{3,40}\|>|\[/?INST\]", re.IGNORECASE)
+FORGED_JSON = re.compile(r"""(?i)\{\s{0,9}["'](?:rating|score|grade)s?["']\s{0,9}:[\d",\s[\]]{1,60}\}""")
+PROMPT_MARK = re.compile(r"(?i)<\|[a-z_]{3,40}\|>|\[/?INST\]")
+FENCE = re.compile(r"(?i)<\s{0,9}(/?)\s{0,9}answer\s{0,9}>")
 # The answer praised is someone's that the problem brings.
-BRINGS_ANSWER = re.compile(
-    rf"\b(?:my|our|this|following|his|her|their|student'?s?|sample) (?:\w+ )?{ANSWER}", re.IGNORECASE
-)
+BRINGS_ANSWER = re.compile(rf"(?i)\b(?:my|our|this|following|his|her|their|student'?s?|sample) (?:\w+ )?{ANSWER}")
 # The rest is what a review with a rating or instructions for judges are made of, where the problem asks for these.
 ASKS_FOR_RATINGS = re.compile(
-    r"\b(?:rat(?:e|ed|ing|ings)|reviews?|scor(?:e|es|ing)|grad(?:e|es|ing|ers?)|judg(?:e|es|ing)|evaluat\w+|rubrics?|"
-    r"criteri(?:a|on)|json)\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:rat(?:e|ed|ing|ings)|reviews?|scor(?:e|es|ing)|grad(?:e|es|ing|ers?)|judg(?:e|es|ing)|evaluat\w+|"
+    r"rubrics?|criteri(?:a|on)|json)\b"
 )
 
 
@@ -166,23 +133,16 @@ def judge_addressing(text: str, problem: str = "") -> bool:
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # zero-width characters would split the words
     sentences = re.split(r"[.!?]", " ".join(text.split()))
     lines = [line for line in text.splitlines() if line.strip()]
+    fence = FENCE.search(text)
     if (
         PROMPT_MARK.search(text)
-        or closes_fence(text)
+        or (fence and fence[1])
         or (not BRINGS_ANSWER.search(problem) and any(PRAISES_ITSELF.search(sentence) for sentence in sentences))
         or any(FOUND_LINE.match(line) and RATING_LINE.match(after) for line, after in pairwise(lines))
     ):
         return True
-    if ASKS_FOR_RATINGS.search(problem):
-        return False
-    return (
+    return not ASKS_FOR_RATINGS.search(problem) and (
         bool(FORGED_JSON.search(text))
         or any(FORGED_LINE.fullmatch(line) for line in lines)
         or any(ORDERS_JUDGE.search(sentence) for sentence in sentences)
     )
-
-
-def closes_fence(text: str) -> bool:
-    """Whether a tag is closed that the text has not opened: the fence in which a judge is shown the answer."""
-    tags = re.search(r"<\s{0,9}(/?)\s{0,9}answer\s{0,9}>", text, re.IGNORECASE)
-    return bool(tags and tags[1])

@@ -1,20 +1,14 @@
 """Fitting into memory: the largest batch of each role, and what happens where one does not fit."""
 
-import copy
 import gc
-import random
 import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
 from config import FACTS_TOKENS, Config
-from data import Episode, UserError
-from engine.checkpoint import rng_states, set_rng_states
 from engine.crutches import TRIES_AT_ONCE
 from engine.fast import batches
 
@@ -125,13 +119,16 @@ def out_of_memory(error: BaseException) -> bool:
 T = TypeVar("T")
 
 
-def within_memory(llm: Any, phase: str, work: Callable[[], T], undo: Callable[[], None], budgets: dict[str, int]) -> T:
-    """work(); where memory runs out, again after undo() and under half the phase's token budget.
+def one_row_too_long(phase: str, tokens: int) -> str:
+    return (
+        f"out of memory in {phase}, even with one row ({tokens} tokens): lower --max-words, --max-new-tokens or "
+        "--rubric-answers, or choose a smaller model"
+    )
 
-    Raises UserError when not even one row fits.
-    """
+
+def within_memory(work: Callable[[], T], smaller: Callable[[], None]) -> T:
+    """work(), again after smaller() as often as memory runs out. smaller raises UserError where nothing is left."""
     while True:
-        llm.batch = (0, 0)
         try:
             return work()
         except Exception as error:
@@ -140,70 +137,8 @@ def within_memory(llm: Any, phase: str, work: Callable[[], T], undo: Callable[[]
         # Only here, outside of the except block, do the error's frames let go of their tensors.
         gc.collect()
         torch.cuda.empty_cache()
-        rows, longest = llm.batch
-        if rows == 0 and llm.dequantize:  # no batch was begun
-            llm.dequantize, llm.unpacked = False, None
-            tqdm.write(f"out of memory in {phase}: from now on without a copy of the weights out of 4 bits")
-            undo()
-            continue
-        if rows <= 1:
-            raise UserError(
-                f"out of memory in {phase}, even with one row ({longest} tokens): lower --max-words, "
-                "--max-new-tokens or --rubric-answers, or choose a smaller model"
-            )
-        budgets[phase] = min(budgets[phase], rows * longest) // 2
-        tqdm.write(f"out of memory in {phase} with {rows} rows of {longest} tokens: now under {budgets[phase]} tokens")
-        undo()
+        smaller()
 
 
-def rollout(
-    llm: Any,
-    phase: str,
-    work: Callable[[], T],
-    rng: random.Random,
-    budgets: dict[str, int],
-    episodes: Sequence[Episode] = (),
-) -> T:
-    """A phase of the self-play within memory: every try begins with the same random states and the same episodes."""
-    states, before = rng_states(rng), copy.deepcopy(list(episodes))
-
-    def attempt() -> T:
-        llm.token_budget = budgets[phase]
-        return work()
-
-    def undo() -> None:
-        set_rng_states(rng, states)
-        for episode, was in zip(episodes, before, strict=True):
-            vars(episode).update(copy.deepcopy(vars(was)))
-
-    return within_memory(llm, phase, attempt, undo, budgets)
-
-
-def try_longest(llm: Any, cfg: Config, budgets: dict[str, int]) -> None:
-    """Each phase's longest possible batch once, so that a run that cannot fit fails in its first minute.
-
-    Halves budgets as the run itself would. Weights and random states stay as they are.
-    """
-    start = time.perf_counter()
-    parameters = [p for p in llm.model.parameters() if p.requires_grad]
-
-    def forget() -> None:
-        for p in parameters:
-            p.grad = None
-
-    def attempt(phase: str) -> None:
-        # `budgets` counts here: it shrinks between attempts.
-        budget = budgets[phase]
-        work = work_of(replace(cfg, rollout_tokens=budget, update_tokens=budget), llm.kind)[phase]
-        if phase == "update":
-            moments = [torch.empty_like(p) for p in parameters for _ in range(2)]  # AdamW's, made in the first step
-            llm.rehearse_update(work.prompts, work.prompt, work.new, work.n)
-            del moments
-        else:
-            llm.rehearse(work.prompts, work.prompt, work.new, work.n)
-
-    for phase in (p for p in in_use(cfg) if p in budgets):
-        within_memory(llm, phase, lambda phase=phase: attempt(phase), forget, budgets)  # type: ignore[misc]
-        forget()
-    torch.cuda.empty_cache()
-    print(f"the longest batch of each phase fits in memory ({time.perf_counter() - start:.0f} s)")
+def rehearse(llm: Any, cfg: Config, update_tokens: int) -> int:
+    return update_tokens

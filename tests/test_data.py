@@ -1,6 +1,8 @@
 """What data.py promises about documents. No network: a function stands in for the hub."""
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,6 +99,68 @@ def test_a_folder_is_read_recursively_and_ids_tell_where(tmp_path):
         "docs/deep/c.jsonl:1": "four",
         "docs/deep/c.jsonl:2": "five",
     }
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.csv.gz", "t.TSV.gz", "t.tsv", "t.json"])
+def test_packed_tables_and_their_sister_formats_are_read(tmp_path, name):
+    lines = {
+        ".jsonl": '{"n": 1, "text": "one"}\n{"n": 2, "text": "two"}\n',
+        ".json": '[{"n": 1, "text": "one"}, {"n": 2, "text": "two"}]',
+        ".csv": "n,text\n1,one\n2,two\n",
+        ".tsv": "n\ttext\n1\tone\n2\ttwo\n",
+    }
+    content = lines[Path(name.lower().removesuffix(".gz")).suffix].encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert sorted(texts(corpus_of(tmp_path / name))) == ["one", "two"]
+
+
+def test_a_csv_is_read_by_the_names_of_its_columns_also_where_rows_end_in_a_comma(tmp_path):
+    (tmp_path / "t.csv").write_text("text,source\nthe document,somewhere,\n")
+    assert texts(corpus_of(tmp_path / "t.csv")) == ["the document"]
+
+
+def test_what_is_in_other_columns_is_no_reason_to_refuse_a_table(tmp_path):
+    rows = [f"{i},text{i}" for i in range(12_000)]
+    (tmp_path / "t.csv").write_text("n,text\n" + "\n".join(rows) + "\n,last\nword,of all\n")
+    assert {"last", "of all", "text0"} < set(texts(corpus_of(tmp_path / "t.csv")))
+    maps = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    strange = {b"huggingface": json.dumps({"info": {"features": {"other": {"_type": "Hologram"}}}}).encode()}
+    table = pa.table({"text": ["one"], "map": maps, "other": [b"x"]}).replace_schema_metadata(strange)
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert texts(corpus_of(tmp_path / "t.parquet")) == ["one"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_written_anew_is_read_anew_whatever_its_time_says(tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+    for word in ("one", "two"):
+        path.write_text(f"text\n{word}\n" if suffix == ".csv" else f'{{"text": "{word}"}}\n')
+        os.utime(path, (1, 1))
+        assert texts(corpus_of(path)) == [word]
+
+
+def test_a_folder_says_what_it_reads_and_what_it_leaves_out(tmp_path):
+    folder = tmp_path / "docs"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("README.md", ".git/notes.txt", ".hidden.txt", "scan.pdf", "Makefile"):
+        (folder / name).write_text("one")
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n'))
+    corpus = corpus_of(folder)
+    assert sorted(texts(corpus)) == ["one", "two"]
+    assert corpus.listing == "reads 1 .jsonl, 1 .md; leaves out 1 .pdf, 2 hidden, 1 no suffix"
+
+
+def test_links_are_followed_once_and_go_by_their_own_name(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/0a1b").write_text('{"text": "one"}\n')
+    (tmp_path / "docs/sub").mkdir(parents=True)
+    (tmp_path / "docs/train.jsonl").symlink_to(tmp_path / "blobs/0a1b")
+    (tmp_path / "docs/sub/round").symlink_to(tmp_path / "docs")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.txt").write_text("two")
+    (tmp_path / "docs/more").symlink_to(tmp_path / "elsewhere")
+    assert sorted(texts(corpus_of(tmp_path / "docs"))) == ["one", "two"]
+    assert texts(corpus_of(tmp_path / "docs/train.jsonl")) == ["one"]
 
 
 def test_a_table_whose_name_looks_like_a_pattern_is_read(tmp_path):
@@ -344,7 +408,7 @@ def test_an_absent_field_is_a_user_error_that_names_those_there_are(tmp_path, su
     ("name", "content", "cause"),
     [
         ("t.parquet", "no table", "magic bytes"),
-        ("t.csv", "a,text\n1,2\n1,2,3,4\n", "line 3, saw 4"),
+        ("t.csv", "a,text\n1,2\n1,2,3,4\n", "line 3 has 4 fields, the header 2"),
         ("t.csv", "a,text\n", "no data"),
     ],
 )

@@ -14,11 +14,11 @@ from conftest import tiny_llm
 
 import eval as evaluation
 import model
-from benchmarks import judges
+from benchmarks import judges, results
 from benchmarks import sets as benchmarks
+from config import Config
 from data import UserError
 from engine import heldout, stats
-from lab import results
 
 PROMPTS = [f"Name {n} rivers of the north." for n in ("two", "three", "four", "five", "six", "seven", "eight", "nine")]
 
@@ -33,19 +33,18 @@ def tiny(monkeypatch):
         calls.extend((settings.get("desc"), tuple(prompt)) for prompt in prompts)
         return generate(self, prompts, **settings)
 
-    def load(name, args):
+    def load(name, cfg, token_budget=evaluation.TOKEN_BUDGET):
         loads.append(name)
-        llm = tiny_llm(trained=False, token_budget=args.token_budget)
+        llm = tiny_llm(trained=False, token_budget=token_budget)
         llm.model.config.max_position_embeddings = 16_384
         return llm
 
     monkeypatch.setattr(model.LLM, "generate", counted)
-    monkeypatch.setattr(evaluation, "load", load)
+    monkeypatch.setattr(evaluation, "load_model", load)
     monkeypatch.setattr(model, "resolve", lambda name: name)
     monkeypatch.setattr(evaluation, "CHUNK", 3)
     monkeypatch.setattr(judges, "CHUNK", 3)
     monkeypatch.setattr(benchmarks, "REASON_TOKENS", 4)
-    monkeypatch.setattr(benchmarks, "REPLY_TOKENS", 48)
     tiny_llm.calls, tiny_llm.loads = calls, loads
     return tiny_llm
 
@@ -150,10 +149,10 @@ def test_thoughts_stay_on_disk_and_are_shown_to_no_judge_or_scorer(tiny, tmp_pat
 
     def score(item, answer, verdicts):
         scored.append(answer["text"])
-        return winrate.score(item, answer, verdicts)
+        return type(winrate).score(winrate, item, answer, verdicts)
 
     monkeypatch.setattr(model.LLM, "generate", thinking)
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "winrate", replace(winrate, score=score))
+    monkeypatch.setattr(winrate, "score", score)
     endpoint.say = lambda prompt: "Better: A"
     url = ["--judge", "big", "--judge-url", endpoint.url]
     evaluation.main(command("winrate", tmp_path, "--data", prompts, "--adapter", run, *url))
@@ -195,7 +194,7 @@ def test_two_copies_of_an_adapter_score_the_same_and_no_change_is_reported(tiny,
 
 @pytest.mark.parametrize(("bench", "tokens"), [("ifeval", 1280), ("healthbench", 1024), ("writing", 2048)])
 def test_answers_may_be_as_long_as_the_benchmark_says_unless_told_otherwise(bench, tokens, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "answer_all", lambda *_: pytest.fail("answers"))
+    monkeypatch.setattr(evaluation, "answers_of", lambda *_: pytest.fail("answers"))
     with pytest.raises(pytest.fail.Exception, match="answers"):
         evaluation.main([bench, "--model", "tiny", "--load-in", "fp32", "--output", str(tmp_path / "out")])
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["max_new_tokens"] == tokens
@@ -207,7 +206,10 @@ def test_a_limit_takes_prompts_at_random_and_a_higher_one_adds_to_them(tiny, tmp
         evaluation.main(command("ifeval", tmp_path, "--limit", limit))
         ids.append(list(json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["base"]))
     assert ids[1][:4] == ids[0] and len(ids[1]) == 7
-    assert ids[0] != [item.id for item in benchmarks.read_ifeval(evaluation.parser().parse_args(["ifeval"]))][:4]
+    assert (
+        ids[0]
+        != [item.id for item in benchmarks.BENCHMARKS["ifeval"].items(evaluation.parser().parse_args(["ifeval"]))][:4]
+    )
     assert len(tiny.calls) == 7  # the first four were not answered again
 
 
@@ -375,26 +377,6 @@ def test_another_local_judge_is_loaded_in_the_policy_s_place(tiny, tmp_path, pro
     assert "flatters" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("phase", ["answer", "judge"])
-def test_where_memory_runs_out_smaller_batches_give_the_same(phase, tiny, tmp_path, prompts, run, monkeypatch, capsys):
-    evaluation.main(command("winrate", tmp_path, "--data", prompts, "--adapter", run, "--output", str(tmp_path / "a")))
-    counted, failed = model.LLM.generate, []
-
-    def generate(self, rows, **settings):
-        if settings.get("desc") == phase and not failed:
-            failed.append(self.token_budget)
-            self.batch = (3, 100)
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        assert settings.get("desc") != phase or self.token_budget < failed[0]
-        return counted(self, rows, **settings)
-
-    monkeypatch.setattr(model.LLM, "generate", generate)
-    evaluation.main(command("winrate", tmp_path, "--data", prompts, "--adapter", run, "--output", str(tmp_path / "b")))
-    first, second = ((tmp_path / name / "results-base.json").read_text() for name in "ab")
-    assert failed and json.loads(first) == json.loads(second)
-    assert f"out of memory in {phase} with 3 rows" in capsys.readouterr().out
-
-
 # ------------------------------------------------------------------------------------------------- heldout
 
 
@@ -422,7 +404,7 @@ def test_held_out_problems_are_never_of_documents_that_an_adapter_was_trained_on
     trained = {0: ("0", "1"), 1: ("1", "2", "3")}
     documents = {
         d.id.split("/")[-1][0]: d
-        for d in evaluation.pop.open_corpus(evaluation.pop.Config(corpus=str(corpus), max_words=80)).epoch(0)
+        for d in evaluation.sources.open_corpus(Config(corpus=str(corpus), max_words=80)).epoch(0)
     }
     for seed, folder in enumerate(runs):
         episodes = [{"document": {"id": documents[n].id, "text": documents[n].text}} for n in trained[seed]]
@@ -506,6 +488,12 @@ def test_chat_asks_both_models_with_their_own_histories(tiny, tmp_path, run, mon
 # ------------------------------------------------------------------------------------------------- results
 
 
+def measured(*metrics, clip=None):
+    bench = benchmarks.Benchmark()
+    bench.metrics, bench.clip = metrics, clip
+    return bench
+
+
 def test_the_table_and_the_summary_are_of_the_numbers_given():
     answers = {
         m: {i: {"words": w, "tokens": 2 * w, "finished": w < 9} for i, w in zip("abc", ws, strict=True)}
@@ -515,22 +503,25 @@ def test_the_table_and_the_summary_are_of_the_numbers_given():
         "base": {"a": {"m": [(1.0, 1.0)]}, "b": {"m": [(0.0, 1.0)]}, "c": {"m": [(math.nan, math.nan)]}},
         "new": {"a": {"m": [(1.0, 1.0)]}, "b": {"m": [(1.0, 1.0)]}, "c": {"m": [(1.0, 1.0)]}},
     }
-    found = results.summary({"m": None}, answers, scores)
+    found = results.summary(measured("m"), answers, scores)
     base, new = found["models"]["base"], found["models"]["new"]
     assert (base["metrics"]["m"]["value"], new["metrics"]["m"]["value"]) == (0.5, 1.0)
     assert (base["unjudged"], new["unjudged"]) == (1, 0)
     assert new["difference"]["m"]["value"] == 0.5 and new["difference"]["m"]["n"] == 2  # over items with both
     assert (new["mean_words"], new["mean_tokens"], new["cut_off"]) == (8.0, 16.0, pytest.approx(1 / 3))
     json.dumps(found, allow_nan=False)
-    shown = results.table([{**found, "model": "tiny", "load_in": "fp32", "judge": "j"}])
-    head, _, first, second = shown.split("\n")
+    shown = results.as_markdown([{**found, "model": "tiny", "load_in": "fp32", "judge": "j"}])
+    head, _, first, second, *said = shown.split("\n")
     assert [cell.strip() for cell in head.split("|")[1:4]] == ["model", "judge", "items"]
     assert "| 0.500 [" in first and "| 1.000 [" in second and "| +0.500 [" in second and "| 33%" in second
+    assert said[0] == f"new, m against base: {new['difference']['m']['said']}" and said[1].startswith(
+        "1 answers are un"
+    )
 
 
 def test_a_metric_s_interval_is_that_of_stats():
     scores = {"base": {str(i): {"m": [(float(i % 3), 2.0)]} for i in range(30)}}
     answers = {"base": {str(i): {"words": 1, "tokens": 1, "finished": True} for i in range(30)}}
-    found = results.summary({"m": (0.0, 1.0)}, answers, scores)["models"]["base"]["metrics"]["m"]
+    found = results.summary(measured("m", clip=(0.0, 1.0)), answers, scores)["models"]["base"]["metrics"]["m"]
     expected = stats.interval(np.array([[[i % 3, 2]] for i in range(30)], float), (0.0, 1.0))
     assert found == {"value": expected.value, "low": expected.low, "high": expected.high, "n": 30}

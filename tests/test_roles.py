@@ -12,7 +12,9 @@ import torch
 
 import rubric
 from data import Document
+from engine import crutches
 from engine.examples import EXAMPLES
+from engine.parsing import in_tags
 from model import LLM, Completion
 from pop import Config
 from rubric import Answer, Criterion, Episode
@@ -399,7 +401,7 @@ def test_placeholders_in_a_text_stay_text(llm):
     ],
 )
 def test_a_problem_is_what_stands_in_the_tags(text, problem):
-    assert rubric.in_tags(text) == problem
+    assert in_tags(text) == problem
 
 
 def test_a_document_is_dropped_after_the_last_try_with_every_reject_recorded(llm):
@@ -445,7 +447,8 @@ def test_an_unfinished_reference_is_rejected(llm):
 
 
 def test_with_crutches_the_length_limit_may_end_problem_and_reference(llm):
-    script = Script(llm, [cut("<problem>" + KESTREL_PROBLEM[:-1])], [cut(KESTREL_REFERENCE + " A female")])
+    problem = cut("<problem>" + KESTREL_PROBLEM[:-1])
+    script = Script(llm, [[problem, "no", "no"]], [cut(KESTREL_REFERENCE + " A female")])
     (e,) = propose(script, [KESTREL], crutches=True)
     assert (e.problem, e.reference) == (KESTREL_PROBLEM[:-1], KESTREL_REFERENCE + " A female")
 
@@ -456,11 +459,12 @@ def test_a_reference_is_kept_without_its_thoughts(llm):
     assert e.reference == KESTREL_REFERENCE
 
 
-def test_of_tries_at_once_the_first_good_pair_is_kept_and_every_reject_recorded(llm):
+def test_of_tries_at_once_the_first_good_pair_is_kept_and_every_reject_recorded(llm, monkeypatch):
+    monkeypatch.setattr(crutches, "TRIES_AT_ONCE", 4)
     second = "From twenty metres it follows the urine trails, with its head locked still while the wings beat."
     problems = [tagged("penguins swim so far?"), *3 * [tagged(KESTREL_PROBLEM)]]
     script = Script(llm, [problems], ["Yes.", KESTREL_REFERENCE, second])
-    (e,) = propose(script, [KESTREL], tries=8, tries_at_once=4)
+    (e,) = propose(script, [KESTREL], tries=8, crutches=True)
     assert [(call.role, len(call.prompts), call.n) for call in script.calls] == [("propose", 1, 4), ("reference", 3, 1)]
     assert (e.problem, e.reference, e.drop) == (KESTREL_PROBLEM, KESTREL_REFERENCE, None)
     assert [f["reason"] for f in e.failures] == ["not about the document", "reference too short"]
@@ -468,7 +472,7 @@ def test_of_tries_at_once_the_first_good_pair_is_kept_and_every_reject_recorded(
 
 def test_attempts_side_by_side_are_no_more_than_the_tries(llm):
     script = Script(llm, [["no"] * 3], [["no"] * 2])
-    propose(script, [KESTREL], tries=5, tries_at_once=3)
+    propose(script, [KESTREL], tries=5, crutches=True)
     assert [call.n for call in script.calls] == [3, 2]
 
 
@@ -484,6 +488,16 @@ def leaning(problems: dict[str, float], bad: Sequence[float] = (0.1, 0.3), good:
     return lambda why, problem: said[problem]
 
 
+def stopped(llm: LLM, problems: Sequence[str], **options) -> list[str | None]:
+    """Why the gate stops each problem, asked as propose asks it."""
+    pairs = [(episode(problem=problem), problem) for problem in problems]
+    with llm.adapters_off():
+        passed = rubric.gate(llm, pairs, Config(**options))
+    reasons = [[f["reason"].removeprefix("gate: ") for f in e.failures] for e, _ in pairs]
+    assert [pair for pair, why in zip(pairs, reasons, strict=True) if not why] == passed
+    return [why[0] if why else None for why in reasons]
+
+
 @pytest.mark.parametrize(
     ("bad", "good", "limit"),
     [((0.1, 0.3), (0.9, 0.7), 0.5), ((0.9, 0.92), (0.97, 0.99), 0.945), ((0.0, 0.04), (0.1, 0.06), 0.05)],
@@ -491,7 +505,7 @@ def leaning(problems: dict[str, float], bad: Sequence[float] = (0.1, 0.3), good:
 def test_the_limit_is_half_way_between_problems_known_to_be_bad_and_good(llm, bad, good, limit):
     problems = {"just below": limit - 0.005, "just above": limit + 0.005}
     script = Script(llm, yes=leaning(problems, bad, good))
-    assert rubric.gate(script.llm, list(problems), Config()) == [WHYS[0], None]
+    assert stopped(script.llm, list(problems)) == [WHYS[0], None]
 
 
 @torch.no_grad()
@@ -510,21 +524,21 @@ def naive_yes(llm: LLM, why: str, problem: str) -> float:
 def test_what_the_gate_stops_follows_from_the_models_own_probabilities(llm):
     script = Script(llm)
     problems = [KESTREL_PROBLEM, BREAD_PROBLEM, "Why?", *(p for p, _ in rubric.GATE_SHOTS)]
-    stopped = rubric.gate(llm, problems, Config())
+    found = stopped(llm, problems)
     expected: list[str | None] = [None] * len(problems)
     for why in reversed(WHYS):  # the first reason is the one given
         yes = {p: naive_yes(script.llm, why, p) for p in (*BAD, *GOOD, *problems)}
         limit = sum(yes[p] for p in (*BAD, *GOOD)) / 4
         expected = [why if yes[p] < limit else other for p, other in zip(problems, expected, strict=True)]
-    assert stopped == expected
-    assert len(set(stopped)) > 1, "if it stopped all or none, nothing were proved"
+    assert found == expected
+    assert len(set(found)) > 1, "if it stopped all or none, nothing were proved"
 
 
 @pytest.mark.parametrize("why", WHYS)
 def test_a_problem_is_stopped_by_either_question(llm, why):
     no = leaning({KESTREL_PROBLEM: 0.2})
     script = Script(llm, yes=lambda asked, p: 0.8 if asked != why and p == KESTREL_PROBLEM else no(asked, p))
-    assert rubric.gate(script.llm, [KESTREL_PROBLEM], Config()) == [why]
+    assert stopped(script.llm, [KESTREL_PROBLEM]) == [why]
 
 
 def test_no_reference_is_asked_for_a_problem_that_the_gate_stops(llm):
@@ -549,8 +563,8 @@ def test_a_problem_that_the_gate_stops_costs_a_try(llm):
 
 def test_without_the_gate_or_a_problem_nothing_is_asked_of_it(llm):
     script = Script(llm)
-    assert rubric.gate(llm, [KESTREL_PROBLEM], Config(gate=False)) == [None]
-    assert rubric.gate(llm, [], Config()) == []
+    assert stopped(llm, [KESTREL_PROBLEM], gate=False) == [None]
+    assert stopped(llm, []) == []
     assert script.calls == []
 
 

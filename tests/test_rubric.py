@@ -33,7 +33,8 @@ from test_roles import (
 
 import pop
 import rubric
-from engine import crutches
+from engine import crutches, parsing
+from engine.text import length_spread
 from model import LLM
 from pop import Config
 from rubric import NO_GOLD, Answer, Criterion, Episode
@@ -160,13 +161,13 @@ WARFARIN = "My father has taken warfarin since 1868, he says. What has he to avo
     ],
 )
 def test_a_criterion_is_rejected_for(fault, gold, description):
-    assert rubric.criterion_fault(Criterion("It", gold, description, 1.0), "What must he avoid?", WARFARIN) == fault
+    assert parsing.criterion_fault(Criterion("It", gold, description, 1.0), "What must he avoid?", WARFARIN) == fault
 
 
 def test_without_the_document_any_gold_about_the_problem_will_do():
     criterion = Criterion("Drug", "Aspirin", "Names the drug that he takes.", 1.0)
-    assert rubric.criterion_fault(criterion, "Which drug does he take?", None) is None
-    assert rubric.criterion_fault(criterion, "Why does bread rise?", None) == "would suit any problem"
+    assert parsing.criterion_fault(criterion, "Which drug does he take?", None) is None
+    assert parsing.criterion_fault(criterion, "Why does bread rise?", None) == "would suit any problem"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_without_the_document_any_gold_about_the_problem_will_do():
 )
 def test_length_spread(n, lengths):
     texts = ["x" * size for size in (4, 9, 1, 7, 3, 8, 2, 6, 5)]
-    assert [len(text) for text in rubric.length_spread(texts, n)] == lengths
+    assert [len(text) for text in length_spread(texts, n)] == lengths
 
 
 # ------------------------------------------------------------------------------------------- reading a rubric
@@ -228,11 +229,11 @@ THIRD = '{"name": "Cut", "gold": "a", "description": "Was cut off.", "weight": 2
     ],
 )
 def test_a_rubric_is_read_in_many_formats(text):
-    assert rubric.parse_rubric(text) == TWO
+    assert parsing.parse_rubric(text) == TWO
 
 
 def gold_read(value: object) -> str:
-    (criterion,) = rubric.parse_rubric(json.dumps({**ITEMS[0], "gold": value}))
+    (criterion,) = parsing.parse_rubric(json.dumps({**ITEMS[0], "gold": value}))
     return criterion.gold
 
 
@@ -270,14 +271,14 @@ def test_a_gold_may_be_said_to_be_absent_in_many_ways(value):
 @pytest.mark.parametrize("key", ["name", "description"])
 @pytest.mark.parametrize("value", [None, "", " \n", "...", [], {}, {"text": "It says so."}])
 def test_a_criterion_needs_a_name_and_a_description(key, value):
-    assert rubric.parse_rubric(json.dumps([{**ITEMS[0], key: value}, ITEMS[1]])) == TWO[1:]
+    assert parsing.parse_rubric(json.dumps([{**ITEMS[0], key: value}, ITEMS[1]])) == TWO[1:]
     without = {k: v for k, v in ITEMS[0].items() if k != key}
-    assert rubric.parse_rubric(json.dumps([without, ITEMS[1]])) == TWO[1:]
+    assert parsing.parse_rubric(json.dumps([without, ITEMS[1]])) == TWO[1:]
 
 
 def test_without_a_gold_a_criterion_has_none_and_without_a_weight_it_weighs_1():
     text = json.dumps({"name": "Volume", "description": "Gives the volume."})
-    assert rubric.parse_rubric(text) == [Criterion("Volume", NO_GOLD, "Gives the volume.", 1.0)]
+    assert parsing.parse_rubric(text) == [Criterion("Volume", NO_GOLD, "Gives the volume.", 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -288,14 +289,14 @@ def test_without_a_gold_a_criterion_has_none_and_without_a_weight_it_weighs_1():
     ],
 )
 def test_a_weight_must_be_a_number_above_0_and_up_to_100(weight):
-    assert rubric.parse_rubric(STANDARD.replace('"weight": 3.0', f'"weight": {weight}')) == TWO[1:]
+    assert parsing.parse_rubric(STANDARD.replace('"weight": 3.0', f'"weight": {weight}')) == TWO[1:]
 
 
 @pytest.mark.parametrize(
     ("written", "weight"), [("1", 1), ("2.5", 2.5), ("100", 100), ('"4 (important)"', 4), ('"3/5"', 3)]
 )
 def test_weights_are_read(written, weight):
-    read = rubric.parse_rubric(STANDARD.replace('"weight": 3.0', f'"weight": {written}'))
+    read = parsing.parse_rubric(STANDARD.replace('"weight": 3.0', f'"weight": {written}'))
     assert [c.weight for c in read] == [weight, 0.5]
 
 
@@ -305,19 +306,21 @@ def test_weights_are_read(written, weight):
 def test_no_depth_is_too_deep_for_a_value_in_a_rubric(depth, opening, closing, whole):
     deep = depth * opening + "1" + depth * closing * whole
     assert (
-        rubric.parse_rubric(f'{json.dumps(ITEMS[0])} {{"name": "x", "description": "x", "gold": {deep}}}')[:1]
+        parsing.parse_rubric(f'{json.dumps(ITEMS[0])} {{"name": "x", "description": "x", "gold": {deep}}}')[:1]
         == TWO[:1]
     )
 
 
 @pytest.mark.filterwarnings("error")
 def test_to_read_a_rubric_warns_of_nothing():
-    assert rubric.parse_rubric(r"{'name': 'Path \d', 'description': 'Gives it \w.', 'weight': 1}")[0].name == r"Path \d"
+    assert (
+        parsing.parse_rubric(r"{'name': 'Path \d', 'description': 'Gives it \w.', 'weight': 1}")[0].name == r"Path \d"
+    )
 
 
 def distinct_golds(*golds: str) -> list[int]:
     criteria = [Criterion("n", gold, f"description {k}", 1.0) for k, gold in enumerate(golds)]
-    return [criteria.index(c) for c in rubric.distinct(criteria)]
+    return [criteria.index(c) for c in parsing.distinct(criteria)]
 
 
 def test_criteria_with_the_same_gold_in_other_signs_are_one():
@@ -326,7 +329,7 @@ def test_criteria_with_the_same_gold_in_other_signs_are_one():
 
 def test_criteria_without_a_gold_are_told_apart_by_their_description():
     two = [replace(c, gold=NO_GOLD) for c in TWO]
-    assert rubric.distinct([*two, *(replace(c, name="New") for c in two)]) == two
+    assert parsing.distinct([*two, *(replace(c, name="New") for c in two)]) == two
 
 
 @pytest.mark.parametrize(
@@ -495,19 +498,19 @@ def test_controls_have_no_part_in_grades_and_advantages(llm):
     ],
 )
 def test_ratings_are_read_in_many_formats(text):
-    (one, at), (other, then) = rubric.parse_ratings(text, 2)
+    (one, at), (other, then) = parsing.parse_ratings(text, 2)
     assert (text[at], text[then]) == ("2", "0") and at < then
     assert "thought 1" in one and "thought 2" in other and "thought 1" not in other
 
 
 @pytest.mark.parametrize("text", ["", verdict(2), verdict(2, 0, 1), "Evidence: 2\nEvidence: 0", "Rating:"])
 def test_exactly_one_rating_per_criterion_is_read(text):
-    assert rubric.parse_ratings(text, 2) is None
+    assert parsing.parse_ratings(text, 2) is None
 
 
 @pytest.mark.parametrize("rating", ["3", "2.5", "0.5", "-1", "- 1", "**-1**", ".1", "12", "1e3", "two", "?", "\n1"])
 def test_anything_but_0_1_or_2_is_no_rating(rating):
-    assert rubric.parse_ratings(verdict(rating, 1), 2) is None
+    assert parsing.parse_ratings(verdict(rating, 1), 2) is None
 
 
 noise = st.sampled_from(
@@ -518,7 +521,7 @@ noise = st.sampled_from(
 @settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(st.lists(noise | st.text(max_size=5), max_size=40).map("".join), st.integers(1, 4))
 def test_no_text_yields_other_ratings_than_0_1_2(text, criteria):
-    read = rubric.parse_ratings(text, criteria)
+    read = parsing.parse_ratings(text, criteria)
     if read is not None:
         places = [at for _, at in read]
         assert len(read) == criteria and places == sorted(set(places))
@@ -673,13 +676,13 @@ def test_judge_logits_gives_the_expected_rating_of_each_criterion(llm):
     ],
 )
 def test_a_holistic_score_of_1_to_10_is_a_rating_of_0_to_2(text, rating):
-    ((_, read),) = rubric.parse_score(text)
+    ((_, read),) = parsing.parse_score(text)
     assert read == pytest.approx(rating)
 
 
 @pytest.mark.parametrize("text", ["", "Score: 0", "Score: 11", "Score: 7.5", "Score:", "A score of 7", "Score: seven"])
 def test_any_other_score_is_none(text):
-    assert rubric.parse_score(text) is None
+    assert parsing.parse_score(text) is None
 
 
 # ----------------------------------------------------------------------------------------------------- grade

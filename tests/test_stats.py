@@ -10,7 +10,7 @@ import scipy.stats
 from scipy.special import expit
 
 from engine import stats
-from engine.stats import Difference, difference, interval, length_controlled, sentence, value
+from engine.stats import Difference, difference, interval, length_controlled, sentence
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,10 @@ def plain(values) -> np.ndarray:
     """Scores (items, 1, 2) whose metric is the mean of the values."""
     values = np.asarray(values, dtype=float)
     return np.stack([values, np.ones_like(values)], -1)[:, None]
+
+
+def value(scores, clip=None) -> float:
+    return interval(scores, clip, resamples=2).value
 
 
 # ------------------------------------------------------------------------------------------ pairs with a known truth
@@ -103,7 +107,7 @@ def test_without_items_there_is_no_value():
 
 def test_one_item_has_a_value_and_no_interval():
     assert interval(plain([0.5])) == stats.Estimate(0.5, None, None, 1)
-    assert difference(plain([0.5]), plain([0.75])) == Difference(0.25, None, None, None, 1)
+    assert difference(plain([0.5]), plain([0.75])) == Difference(0.25, None, None, 1, None)
 
 
 def test_different_items_cannot_be_paired():
@@ -133,7 +137,7 @@ def test_of_few_normal_scores_it_is_as_wide_as_students(n):
 
 
 @pytest.mark.parametrize("clip", [None, (0, 0.52)])
-def test_it_is_scipys_percentile_interval_at_the_expanded_level(clip):
+def test_it_is_scipys_percentile_interval_at_the_expanded_level(clip, monkeypatch):
     base, other, _ = ratio(np.random.default_rng(0), 300, 0.1)
     n = len(base)
 
@@ -146,7 +150,8 @@ def test_it_is_scipys_percentile_interval_at_the_expanded_level(clip):
     kinds = dict(paired=True, vectorized=True, method="percentile", confidence_level=level)
     theirs = scipy.stats.bootstrap(columns, change, n_resamples=20_000, batch=1_000, rng=1, **kinds)
     low, high = theirs.confidence_interval
-    found = difference(base, other, clip, level=0.9, resamples=20_000)
+    monkeypatch.setattr(stats, "LEVEL", 0.9)
+    found = difference(base, other, clip, resamples=20_000)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.03 * (high - low))
 
 
@@ -156,10 +161,11 @@ def test_95_percent_intervals_hold_the_truth_in_95_of_100_cases(pairs, n):
     assert 0.93 < np.mean(held) < 0.97
 
 
-def test_intervals_of_one_model_hold_the_truth_too():
+def test_intervals_of_one_model_hold_the_truth_too(monkeypatch):
+    monkeypatch.setattr(stats, "LEVEL", 0.8)
     rng, held = np.random.default_rng(0), []
     for seed in range(500):
-        found = interval(binary(rng, 100, 0)[0], seed=seed, level=0.8, resamples=500)
+        found = interval(binary(rng, 100, 0)[0], seed=seed, resamples=500)
         held.append(found.low <= 0.5 <= found.high)
     assert 0.77 < np.mean(held) < 0.83
 
@@ -200,7 +206,7 @@ def test_resamples_without_weight_are_left_out():
 def test_identical_models_show_no_change(pairs):
     scores = pairs(np.random.default_rng(0), 541, 0)[0]
     found = difference(scores, scores.copy())
-    assert found == Difference(0.0, 0.0, 0.0, 1.0, 541)
+    assert found == Difference(0.0, 0.0, 0.0, 541, 1.0)
     expected = "no detectable change (+0.000, 95% interval +0.000 to +0.000, p = 1, 541 items)"
     assert sentence(found) == expected
 
@@ -217,11 +223,12 @@ def test_models_that_do_not_differ_do_so_in_5_of_100_cases(pairs, n):
 
 
 @pytest.mark.parametrize("level", [0.95, 0.8])
-def test_p_is_below_the_level_exactly_where_the_interval_excludes_zero(level):
+def test_p_is_below_the_level_exactly_where_the_interval_excludes_zero(level, monkeypatch):
+    monkeypatch.setattr(stats, "LEVEL", level)
     rng, excluded = np.random.default_rng(0), []
     for seed in range(300):
         base, other, _ = (bounded, binary, ratio)[seed % 3](rng, int(rng.integers(2, 60)), rng.uniform(0, 0.5))
-        found = difference(*((base, other) if seed % 2 else (other, base)), seed=seed, level=level, resamples=400)
+        found = difference(*((base, other) if seed % 2 else (other, base)), seed=seed, resamples=400)
         excluded.append(found.low > 0 or found.high < 0)
         assert excluded[-1] == (found.p < 1 - level)
     assert 60 < sum(excluded) < 240
@@ -237,7 +244,7 @@ def test_p_is_that_of_students_paired_test():
 
 
 def test_p_does_not_claim_more_than_the_resamples_show():
-    assert difference(plain([0.0] * 50), plain([1.0] * 50), resamples=999) == Difference(1, 1, 1, 0.001, 50)
+    assert difference(plain([0.0] * 50), plain([1.0] * 50), resamples=999) == Difference(1, 1, 1, 50, 0.001)
 
 
 def test_exchanging_the_models_turns_the_difference_round():
@@ -249,16 +256,13 @@ def test_exchanging_the_models_turns_the_difference_round():
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ((0.041, 0.01, 0.072, 0.008, 541), "better by 0.041 (95% interval +0.010 to +0.072, p = 0.008, 541 items)"),
-        ((-0.041, -0.072, -0.01, 0.0001, 80), "worse by 0.041 (95% interval -0.072 to -0.010, p < 0.001, 80 items)"),
-        (
-            (0.04, 0, 0.08, 0.06, 9, 0.9),
-            "no detectable change (+0.040, 90% interval +0.000 to +0.080, p = 0.06, 9 items)",
-        ),
-        ((0.5, 0.4, 0.6, 0.001, 5), "too few items to tell"),
-        ((0.5, None, None, None, 1), "too few items to tell"),
-        ((math.nan, None, None, None, 0), "too few items to tell"),
-        ((math.nan, None, None, None, 50), "too few items to tell"),
+        ((0.041, 0.01, 0.072, 541, 0.008), "better by 0.041 (95% interval +0.010 to +0.072, p = 0.008, 541 items)"),
+        ((-0.041, -0.072, -0.01, 80, 0.0001), "worse by 0.041 (95% interval -0.072 to -0.010, p < 0.001, 80 items)"),
+        ((0.04, 0, 0.08, 9, 0.06), "no detectable change (+0.040, 95% interval +0.000 to +0.080, p = 0.06, 9 items)"),
+        ((0.5, 0.4, 0.6, 5, 0.001), "too few items to tell"),
+        ((0.5, None, None, 1, None), "too few items to tell"),
+        ((math.nan, None, None, 0, None), "too few items to tell"),
+        ((math.nan, None, None, 50, None), "too few items to tell"),
     ],
 )
 def test_a_difference_in_plain_words(found, said):
@@ -330,10 +334,10 @@ def test_the_fit_is_that_of_the_likelihood_written_out(kind, n):
 
 def test_each_resample_is_fitted_like_a_sample_of_its_own():
     wins, lengths, base = judged(30, quality=0.3, liking=1)
-    counts = stats.draw(30, 20, np.random.default_rng(0))
-    rates = stats.rate_at_equal_lengths(counts, wins, lengths - base)
-    for count, rate in zip(counts.astype(int), rates, strict=True):
-        drawn = (np.repeat(a, count) for a in (wins, lengths, base))
+    resamples = np.random.default_rng(0).integers(30, size=(20, 30))
+    rates = stats.rate_at_equal_lengths(wins[resamples], (lengths - base)[resamples])
+    for items, rate in zip(resamples, rates, strict=True):
+        drawn = (a[items] for a in (wins, lengths, base))
         assert length_controlled(*drawn, resamples=2).value == pytest.approx(rate, abs=1e-9)
 
 

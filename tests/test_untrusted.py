@@ -29,6 +29,8 @@ from transformers.integrations import hub_kernels
 import model
 import rubric
 from data import Corpus, Document, UserError
+from engine import parsing
+from engine import text as texts
 from engine.forms import Field, FormFiller
 from engine.guards import length_factor
 from model import LLM, Completion
@@ -88,7 +90,7 @@ def prompts_with(tokenizer, text: str, judge: str = "generate") -> dict[str, lis
     (e,) = rubric.propose(llm, [Document("otters", f"{text} {OTTERS} {text}")], cfg, random.Random(0))
     assert e.drop is None
     e.problem, e.reference = f"{text} {PROBLEM} {text}", f"{text} {REFERENCE} {text}"
-    rubric.gate(llm, [e.problem], cfg)
+    rubric.gate(llm, [(e, e.problem)], cfg)
     rubric.write_references(llm, [(e, e.problem)], cfg)
     rubric.solve(llm, [e], cfg)
     e.answers = [Answer(f"{text} Otters float. {text}"), Answer(text)]
@@ -197,7 +199,7 @@ def templates() -> Iterator[tuple[str, str]]:
 
 def test_every_prompt_that_takes_texts_is_found():
     assert {name for name, _ in templates()} == set(
-        "DOCUMENT TOPIC REFERENCE GATE PROBLEM KNOWN ANSWER JUDGE RATE SCORE HOLISTIC".split()
+        "DOCUMENT TOPIC REFERENCE GATE PROBLEM KNOWN ANSWER JUDGE RATE WHOLE SCORE HOLISTIC".split()
     )
 
 
@@ -265,7 +267,7 @@ def test_no_text_forges_a_heading_of_the_plain_format(text):
 def test_a_one_line_text_stays_on_one_line_of_the_prompt():
     breaks = "\r \x0b \x0c \x1c \x1d \x1e \x85 \u2028 \u2029".split(" ")
     for between in ("".join(breaks), json.dumps("".join(breaks))[1:-1]):  # as they are, and escaped
-        criterion, _ = rubric.parse_rubric(RUBRIC_TEXT.replace("carry", between + "carry"))
+        criterion, _ = parsing.parse_rubric(RUBRIC_TEXT.replace("carry", between + "carry"))
         assert len(criterion.gold.splitlines()) == 1 and "not carry them off" in criterion.gold
 
 
@@ -314,22 +316,22 @@ def criterion(text: str) -> Criterion:
 
 # name -> one text read; the other texts it needs are ordinary ones.
 READERS: dict[str, Callable[[str], object]] = {
-    "parse_rubric": rubric.parse_rubric,
-    "parse_ratings": lambda text: rubric.parse_ratings(text, 2),
-    "parse_score": rubric.parse_score,
-    "in_tags": rubric.in_tags,
-    "final_answer": rubric.final_answer,
-    "read_weight": rubric.read_weight,
-    "ngrams": lambda text: rubric.ngrams(text, 4),
-    "content_words": rubric.content_words,
-    "problem_fault": lambda text: rubric.problem_fault(text, OTTERS),
-    "problem_fault, document": lambda text: rubric.problem_fault(PROBLEM, text),
-    "reference_fault": lambda text: rubric.reference_fault(text, PROBLEM, OTTERS),
-    "reference_fault, problem": lambda text: rubric.reference_fault(REFERENCE, text, OTTERS),
-    "reference_fault, document": lambda text: rubric.reference_fault(REFERENCE, PROBLEM, text),
-    "criterion_fault": lambda text: rubric.criterion_fault(criterion(text), PROBLEM, OTTERS),
-    "criterion_fault, document": lambda text: rubric.criterion_fault(CRITERIA[0], PROBLEM, text),
-    "length_spread": lambda text: rubric.length_spread(text.split("\n"), 3),
+    "parse_rubric": parsing.parse_rubric,
+    "parse_ratings": lambda text: parsing.parse_ratings(text, 2),
+    "parse_score": parsing.parse_score,
+    "in_tags": parsing.in_tags,
+    "final_answer": parsing.final_answer,
+    "read_criterion": lambda text: parsing.read_criterion({"name": text, "description": text, "weight": text}),
+    "ngrams": lambda text: texts.ngrams(text, 4),
+    "content_words": texts.content_words,
+    "problem_fault": lambda text: parsing.problem_fault(text, OTTERS),
+    "problem_fault, document": lambda text: parsing.problem_fault(PROBLEM, text),
+    "reference_fault": lambda text: parsing.reference_fault(text, PROBLEM, OTTERS),
+    "reference_fault, problem": lambda text: parsing.reference_fault(REFERENCE, text, OTTERS),
+    "reference_fault, document": lambda text: parsing.reference_fault(REFERENCE, PROBLEM, text),
+    "criterion_fault": lambda text: parsing.criterion_fault(criterion(text), PROBLEM, OTTERS),
+    "criterion_fault, document": lambda text: parsing.criterion_fault(CRITERIA[0], PROBLEM, text),
+    "length_spread": lambda text: texts.length_spread(text.split("\n"), 3),
     "fill": lambda text: rubric.fill("{text}", text=text),
     "judge_prompt": lambda text: rubric.judge_prompt(text, [criterion(text)], text),
     "rate_prompt": lambda text: rubric.rate_prompt(text, criterion(text), text),
@@ -349,9 +351,9 @@ def test_no_text_makes_a_reader_raise(reader, text):
 @given(some_text, some_text, some_text)
 def test_every_pair_of_texts_gets_a_fault_or_none(problem, reference, document):
     faults = [
-        rubric.problem_fault(problem, document),
-        rubric.reference_fault(reference, problem, document),
-        rubric.criterion_fault(criterion(reference), problem, document),
+        parsing.problem_fault(problem, document),
+        parsing.reference_fault(reference, problem, document),
+        parsing.criterion_fault(criterion(reference), problem, document),
     ]
     assert all(fault is None or fault for fault in faults)
 
@@ -359,14 +361,14 @@ def test_every_pair_of_texts_gets_a_fault_or_none(problem, reference, document):
 @fuzzed
 @given(some_text)
 def test_a_weight_is_a_finite_number_above_0_or_none(text):
-    weight = rubric.read_weight(text)
-    assert weight is None or 0 < weight <= 100
+    item = json.dumps({"name": "n", "description": "d", "weight": text})
+    assert all(0 < c.weight <= 100 for c in parsing.parse_rubric(item))
 
 
 @fuzzed
 @given(some_text)
 def test_no_text_yields_a_criterion_that_is_not_whole(text):
-    for criterion in rubric.parse_rubric(text):
+    for criterion in parsing.parse_rubric(text):
         parts = (criterion.gold, criterion.name, criterion.description)
         assert all(len(part.splitlines()) == 1 and re.search(r"\w", part) for part in parts)
         assert 0 < criterion.weight <= 100
@@ -376,8 +378,8 @@ def naive_distinct(criteria: Sequence[Criterion]) -> list[Criterion]:
     def same(a: Criterion, b: Criterion) -> bool:
         golds = {a.gold, b.gold}
         if golds == {rubric.NO_GOLD}:
-            return rubric.words(a.description) == rubric.words(b.description)
-        return rubric.NO_GOLD not in golds and rubric.words(a.gold) == rubric.words(b.gold)
+            return texts.words(a.description) == texts.words(b.description)
+        return rubric.NO_GOLD not in golds and texts.words(a.gold) == texts.words(b.gold)
 
     kept: list[Criterion] = []
     for c in criteria:
@@ -392,7 +394,7 @@ few_words = st.sampled_from(["a", "B", "b!", "not applicable"])
 @fuzzed
 @given(st.lists(st.builds(Criterion, st.just("name"), few_words, few_words, number)))
 def test_distinct_keeps_what_a_comparison_of_all_pairs_keeps(criteria):
-    assert [id(c) for c in rubric.distinct(criteria)] == [id(c) for c in naive_distinct(criteria)]
+    assert [id(c) for c in parsing.distinct(criteria)] == [id(c) for c in naive_distinct(criteria)]
 
 
 @fuzzed
@@ -407,7 +409,7 @@ def test_a_grade_and_a_reward_are_in_0_to_1_whatever_weights_and_ratings_are(pai
 @pytest.mark.parametrize("option", ["soft_length", "length_floor"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
 def test_a_share_that_could_lift_a_reward_out_of_0_to_1_is_refused(option, value):
-    with pytest.raises(UserError, match=r"from 0 to 1"):
+    with pytest.raises(UserError, match=r"must be (from 0 to 1|at least 0 and finite)$"):
         Config(**{option: value})
 
 
@@ -416,7 +418,7 @@ def test_hundreds_of_criteria_are_read():
     text = ",".join(
         f'{{"name":"n","gold":"g{k}","description":"states {k}","weight":{w}}}' for k, w in enumerate(weights)
     )
-    criteria = rubric.parse_rubric(f'{{"criteria":[{text}]}}')
+    criteria = parsing.parse_rubric(f'{{"criteria":[{text}]}}')
     assert len(criteria) == 40 and {c.weight for c in criteria} == {2.0}
     assert rubric.grade([1.0] * 40, criteria) == 0.5
 

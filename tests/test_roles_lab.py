@@ -1,4 +1,4 @@
-"""measure.py: the figures of what the roles wrote, each worked by hand, and that it writes down every text."""
+"""lab/roles.py: the figures of what the roles wrote, each worked by hand, and that it writes down every text."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 import training
 
 from data import HUB_CORPORA, Document
-from lab import roles as measure
+from lab import roles
 from rubric import NO_GOLD, Answer, Criterion, Episode
 
 DOCUMENT = Document("otters", "Otters of the Danube eat carp and crayfish. Their cubs stay in the holt for ten weeks.")
@@ -92,22 +92,22 @@ REJECTS = {
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_a_figure_is_the_one_worked_by_hand(figure: str):
-    assert measure.numbers(played(), ABOVE)[figure].split(",")[0] == FIGURES[figure]
+    assert roles.numbers(played(), ABOVE)[figure].split(",")[0] == FIGURES[figure]
 
 
 @pytest.mark.parametrize("figure", REJECTS)
 def test_rejects_are_counted_by_role_and_reason(figure: str):
-    assert ast.literal_eval(measure.numbers(played(), ABOVE)[figure]) == REJECTS[figure]
+    assert ast.literal_eval(roles.numbers(played(), ABOVE)[figure]) == REJECTS[figure]
 
 
 def test_every_figure_is_worked_by_hand_here():
-    assert measure.numbers(played(), ABOVE).keys() == FIGURES.keys() | REJECTS.keys()
+    assert roles.numbers(played(), ABOVE).keys() == FIGURES.keys() | REJECTS.keys()
 
 
 @pytest.mark.parametrize("drop", ["proposer/too short", "rubric/no criterion"])
 def test_figures_of_documents_that_gave_nothing_are_dashes(drop: str):
     nothing = Episode(DOCUMENT, reference="Carp." if drop.startswith("rubric") else "", drop=drop)
-    assert measure.numbers([nothing], [])["criteria with a gold answer"] == "-"
+    assert roles.numbers([nothing], [])["criteria with a gold answer"] == "-"
 
 
 @pytest.mark.parametrize(
@@ -115,32 +115,32 @@ def test_figures_of_documents_that_gave_nothing_are_dashes(drop: str):
     [(0, 10, "0% to 28%"), (5, 10, "24% to 76%"), (10, 10, "72% to 100%"), (81, 263, "26% to 37%")],  # Newcombe 1998
 )
 def test_intervals_are_wilsons(part: int, whole: int, interval: str):
-    assert measure.share(part, whole).endswith(f"(95%: {interval})")
+    assert roles.share(part, whole).endswith(f"(95%: {interval})")
 
 
 @pytest.fixture
-def roles(monkeypatch, tmp_path_factory, tmp_path):
-    """`python measure.py roles` with a tiny model, whose noise passes the gates; returns the folder of the texts."""
+def play_roles(monkeypatch, tmp_path_factory, tmp_path):
+    """`python -m lab.roles` with a tiny model, whose noise passes the gates; returns the folder of the texts."""
     training.open_gates(monkeypatch.setattr)
     model = training.tiny_folder(tmp_path_factory.mktemp("tiny"))
 
     def go(*flags):
         short = training.flags(model, tmp_path / "out", documents=3)
-        monkeypatch.setattr(sys, "argv", ["measure.py", "roles", *flags, "--crutches", *short])
-        measure.main()
+        monkeypatch.setattr(sys, "argv", ["roles", *flags, "--crutches", *short])
+        roles.main()
         return tmp_path / "out"
 
     return go
 
 
-def test_roles_writes_down_every_document_of_each_task(roles):
-    files = list(roles().iterdir())
+def test_roles_writes_down_every_document_of_each_task(play_roles):
+    files = list(play_roles().iterdir())
     documents = {file.name: len({record["document"]["id"] for record in training.lines(file)}) for file in files}
     assert documents == {f"{task}.jsonl": 3 for task in HUB_CORPORA}
 
 
-def test_roles_prints_the_figures_of_what_it_wrote(roles, capsys):
-    (file,) = roles("--tasks", "health", "--check-rubric").iterdir()
+def test_roles_prints_the_figures_of_what_it_wrote(play_roles, capsys):
+    (file,) = play_roles("--tasks", "health", "--check-rubric").iterdir()
     proposed = sum(bool(record["reference"]) for record in training.lines(file))
     (printed,) = re.findall(r"accepted after all tries +(\d of \d)", capsys.readouterr().out)
     assert printed == f"{proposed} of 3" and proposed > 0

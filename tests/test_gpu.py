@@ -1,30 +1,31 @@
 """The script for a card's first ten minutes, rehearsed where there is none."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from lab import gpu as bench_gpu
+from lab import gpu
 
 
 @pytest.mark.parametrize("part", ["attention", "same", "memory", "decoding"])
 def test_a_rehearsal_finds_figures_and_writes_them_down(tmp_path, part):
-    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", part])
-    found = json.loads((tmp_path / f"out-{part}.json").read_text())["parts"][part]
-    assert found["figures"] and not found["failed"], found
+    gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", part])
+    found = json.loads((tmp_path / f"out-{part}.json").read_text())
+    assert found["figures"] and not found["said"], found
     if part == "same":
         assert not [goal for goal in found["goals"].values() if "missed" in goal]
     if part == "memory":
         phases = {f"{phase}: GiB planned" for phase in ("propose", "solve", "rubric", "judge", "update")}
         assert phases <= set(found["figures"])
     if part == "decoding":
-        assert "NF4 by graph, 4 rows: tokens/s" in found["figures"]
+        assert "NF4 by graph, 8 rows: tokens/s" in found["figures"]
 
 
 def test_without_a_card_it_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: no CUDA card found \(--rehearse .*\)$"):
-        bench_gpu.main(["--output", str(tmp_path / "out")])
+        gpu.main(["--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
 
@@ -33,20 +34,20 @@ def test_a_part_that_fails_keeps_what_it_had_found(tmp_path, monkeypatch, capsys
         s.note("a figure before", 1.5, most=1)
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setitem(bench_gpu.PARTS, "same", bad)
-    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", "same"])
-    found = json.loads((tmp_path / "out-same.json").read_text())["parts"]["same"]
+    monkeypatch.setitem(gpu.PARTS, "same", bad)
+    gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", "same"])
+    found = json.loads((tmp_path / "out-same.json").read_text())
     assert found["figures"] == {"a figure before": 1.5}
     assert found["goals"] == {"a figure before": "at most 1: missed"}
-    assert found["failed"] == ["same failed: RuntimeError: no such kernel"]
+    assert found["said"] == ["same failed: RuntimeError: no such kernel"]
     assert "Traceback" in capsys.readouterr().err
 
 
 SCRIPT = """
 import json, os, signal, sys, time
 part, output = sys.argv[2], sys.argv[sys.argv.index("--output") + 1]
-found = {"figures": {"a figure of " + part: 1}, "goals": {}, "said": [], "failed": []}
-open(f"{output}-{part}.json", "w").write(json.dumps({"machine": {"card": "none"}, "parts": {part: found}}))
+found = {"machine": {"card": "none"}, "figures": {"a figure of " + part: 1}, "goals": {}, "said": []}
+open(f"{output}-{part}.json", "w").write(json.dumps(found))
 if part == "attention":
     os.kill(os.getpid(), signal.SIGKILL)  # as a card can end a process
 if part == "memory":
@@ -56,14 +57,14 @@ if part == "memory":
 
 def test_no_part_stops_another_and_their_time_has_an_end(tmp_path, monkeypatch, capsys):
     (tmp_path / "script.py").write_text(SCRIPT)
-    monkeypatch.setattr(bench_gpu, "__file__", str(tmp_path / "script.py"))
-    monkeypatch.setattr(bench_gpu, "LIMIT", 3)
+    monkeypatch.setattr(gpu, "COMMAND", [sys.executable, str(tmp_path / "script.py")])
+    monkeypatch.setattr(gpu, "LIMIT", 3)
     parts = ["attention", "same", "memory", "decoding"]
-    bench_gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", *parts])
-    found = json.loads((tmp_path / "out.json").read_text())["parts"]
+    gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", *parts])
+    found = json.loads((tmp_path / "out.json").read_text())
     assert [found[part]["figures"].get(f"a figure of {part}") for part in parts[:3]] == [1, 1, 1]
-    failed = {part: found[part]["failed"] for part in parts}
-    assert failed["attention"] == ["attention ended with -9"] and not failed["same"]
-    assert failed["memory"] == ["memory was stopped, as 3 seconds were over"]
+    said = {part: found[part]["said"] for part in parts}
+    assert said["attention"] == ["attention ended with -9"] and not said["same"]
+    assert said["memory"] == ["memory was stopped, as 3 seconds were over"]
     table = Path(tmp_path / "out.md").read_text()
     assert "| same | a figure of same | 1 |" in table and table in capsys.readouterr().out + "\n"
