@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from data import UserError, recorded
+from data import UserError, read_episodes, with_groups
 
 FACTS_TOKENS = 128  # room for the facts that are noted before a problem
 GUARDS = ("judge_addressing", "too_little_content", "copies_problem", "length")
@@ -299,9 +299,11 @@ def defaults_besides(cfg: Config) -> dict[str, Any]:
     """Those of a run that only plays or only trains, which depend on other flags."""
     if cfg.synthesize:
         return {"eval_every": 0, "steps": math.ceil(cfg.documents_total / cfg.documents)}
-    if cfg.replay == "answers" and Path(cfg.episodes).is_file():  # in a sweep it is yet to be written
-        groups = len(recorded(cfg.episodes, cfg.replay).episodes)
-        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)}
+    if cfg.replay == "answers":
+        groups = 0
+        with contextlib.suppress(OSError, KeyError, TypeError):  # told later; and in a sweep it is yet to be written
+            groups = len(with_groups(read_episodes(Path(cfg.episodes), answers=True)))
+        return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)} if groups else {}
     return {}
 
 
@@ -310,7 +312,7 @@ def parse_resumed(argv: Sequence[str], run: Path) -> Config:
     stored = stored_config(run)
     if unknown := set(stored) - {field.name for field in fields(Config)}:
         raise UserError(f"--resume {run}: its config.json has unknown fields: {', '.join(sorted(unknown))}")
-    cfg = tyro.cli(Config, args=list(argv), default=Config(**{**stored, "skip_guards": tuple(stored["skip_guards"])}))
+    cfg = tyro.cli(Config, args=list(argv), default=Config(**stored))
     check_changes(stored, cfg)
     return cfg
 
@@ -344,6 +346,8 @@ def stored_config(run: Path) -> dict[str, Any]:
         raise UserError(f"--resume {run}: its config.json cannot be read ({error})") from None
     if stored.get("task") == "general":  # its older name
         stored["task"] = "instructions"
+    if "skip_guards" in stored:  # JSON has lists alone
+        stored["skip_guards"] = tuple(stored["skip_guards"])
     return stored
 
 

@@ -3,14 +3,11 @@
 Documents are untrusted text. Here they are cut, counted and otherwise passed on as they are.
 """
 
-import functools
 import glob
 import hashlib
-import itertools
 import json
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -307,16 +304,33 @@ def alive(episodes: Sequence[Episode]) -> list[Episode]:
     return [e for e in episodes if e.drop is None]
 
 
-def json_lines(episodes: Sequence[Episode]) -> str:
-    """The text of a file that `read` reads."""
-    return "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes)
+def json_lines(records: Iterable[Any]) -> str:
+    """Dictionaries or records of a dataclass -> the text of a JSON Lines file."""
+    plain = (record if isinstance(record, dict) else asdict(record) for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in plain)
 
 
-def read(path: Path, answers: bool = False) -> list[Episode]:
-    """The episodes of heldout.jsonl or episodes.jsonl, with their answers if asked for."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file. A last line without its end, as a process that is killed while it writes leaves
+    it, is left out; any other line that holds no object is named and skipped. Raises OSError."""
+    *lines, _ = path.read_bytes().split(b"\n")  # no str.splitlines, for which U+2028 ends a line too
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif line.strip():
+            tqdm.write(f"{path}:{number} is no JSON object and is skipped")
+
+
+def read_episodes(path: Path, answers: bool = False) -> list[Episode]:
+    """The episodes of heldout.jsonl or episodes.jsonl, with their answers if asked for. Raises OSError, KeyError and
+    TypeError."""
     episodes = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        e = {**json.loads(line), "controls": []}
+    for record in read_lines(path):
+        e = {**record, "controls": []}
         e.pop("step", None)
         e["document"], e["rubric"] = Document(**e["document"]), [Criterion(**c) for c in e["rubric"]]
         e["answers"] = [Answer(**a) for a in e["answers"]] if answers else []
@@ -329,66 +343,3 @@ def with_groups(episodes: Sequence[Episode]) -> list[Episode]:
     graded = [e for e in episodes if e.drop in (None, "group/zero spread", "group/oversampled")]
     rated = [[a for a in e.answers if a.ids and a.ratings and len(a.ratings) == len(e.rubric)] for e in graded]
     return [replace(e, answers=group) for e, group in zip(graded, rated, strict=True) if len(group) > 1]
-
-
-class Recording:
-    """In place of a Corpus: the documents of recorded episodes, in their order, over and over. `replay` as in Config:
-    of those that have a rubric or, for answers, of those whose answers can be trained on.
-
-    Raises UserError if the file cannot be read or has no such episode.
-    """
-
-    def __init__(self, name: str, replay: str = "problems") -> None:
-        self.name, answers = name, replay == "answers"
-        try:
-            episodes = read(Path(name), answers)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
-        episodes = with_groups(episodes) if answers else [e for e in episodes if e.rubric]
-        if not episodes:
-            raise UserError(f"--episodes {name}: no episode there has {'two rated answers' if answers else 'a rubric'}")
-        self.episodes = {id(e.document): e for e in episodes}  # not by its text: a document may recur, its problem not
-
-    def __iter__(self) -> Iterator[Document]:
-        return itertools.cycle([e.document for e in self.episodes.values()])
-
-
-recorded = functools.cache(Recording)
-
-
-def without(corpus: "Corpus | Recording", episodes: Sequence[Episode]) -> Iterator[Document]:
-    """The corpus without the held-out documents, in every epoch; told by their text, as ids of a stream change."""
-    held_out = {e.document.text for e in episodes}
-    return (document for document in corpus if document.text not in held_out)
-
-
-PAUSES = (5, 30, 120)  # seconds before a broken stream is opened again
-
-
-def documents_from(
-    corpus: Corpus | Recording, consumed: int, last: str | None = None, held_out: Sequence[Episode] = ()
-) -> Iterator[Document]:
-    """The corpus after its first `consumed` documents, read again from the start: exact for shuffled streams too.
-
-    Documents of the episodes `held_out` are left out, and not counted.
-
-    A stream whose connection breaks is opened again after each of PAUSES, then Unreachable is raised. Raises
-    UserError if the last document passed over is not the one with the id `last`: the corpus is not what it was.
-    """
-    failures = 0
-    while True:
-        try:
-            for number, document in enumerate(without(corpus, held_out), start=1):
-                if number == consumed and last not in (None, document.id):
-                    raise UserError(
-                        f"the corpus {corpus.name} has changed: document {consumed} was {last} and is now {document.id}"
-                    )
-                if number > consumed:
-                    consumed, last, failures = number, document.id, 0
-                    yield document
-        except Unreachable as error:
-            if failures == len(PAUSES):
-                raise
-            tqdm.write(f"{error}; again in {PAUSES[failures]} s")
-            time.sleep(PAUSES[failures])
-            failures += 1

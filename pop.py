@@ -2,61 +2,61 @@
 
     document -> problem + reference -> answers -> rubric -> grades -> advantages -> update
 
-`python pop.py` picks a preset by hardware; `python pop.py --help` lists every field of Config.
+`python pop.py` picks a preset by hardware; `python pop.py --help` lists every setting (config.py).
 Shape letters as in model.py: B rows, T tokens of a row, N completion tokens of a whole batch, G answers of a group.
 """
 
-import contextlib
 import itertools
-import json
 import math
 import random
 import shlex
 import statistics
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
 import rubric
 from config import Config, parse_args
-from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError, documents_from
-from engine import audit, checkpoint, heldout, memory, replay, runlog, signals
+from data import Answer, Corpus, Document, Episode, Unreachable, UserError, alive
+from engine import audit, checkpoint, heldout, memory, runlog, sources
 from engine.checkpoint import State
 from engine.fast import batches, segments_of, share_prompts
-from engine.memory import within_memory
-from engine.signals import Interrupted, Signals
+from engine.runlog import Clock
+from engine.signals import RESUMABLE, Interrupted, Signals
+from engine.sources import documents_from
 from lab import plan, report
 from model import LLM, MASKED, load
-from rubric import Answer, Episode, Phase, alive, plainly
 
 T = TypeVar("T")
-
-# ---------------------------------------------------------------------------------------------- configuration
-
 
 # ------------------------------------------------------------------------------------------ the self-play step
 
 
 def play(
-    llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Random, phase: Phase = plainly
+    llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Random, clock: Clock | None = None
 ) -> list[Episode]:
     """One round of self-play: documents in, graded groups of answers out. Dropped episodes say why."""
+    clock = clock or Clock()
     if cfg.episodes:
-        episodes = replay.replayed(documents, cfg)
+        episodes = sources.replayed(documents, cfg)
     else:
-        episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, rng))
+        with clock("propose"):
+            episodes = rubric.propose(llm, documents, cfg, rng)
     if cfg.replay == "problems":
-        phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
-        phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
-        phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
-        phase("rubric", lambda: rubric.check_rubrics(llm, alive(episodes), cfg), episodes)
+        with clock("solve"):
+            rubric.solve(llm, alive(episodes), cfg)
+        with clock("rubric"):
+            rubric.write_rubrics(llm, alive(episodes), cfg)
+        with clock("judge"):
+            rubric.judge(llm, alive(episodes), cfg)
+            rubric.check_rubrics(llm, alive(episodes), cfg)
     grade(alive(episodes), cfg)
     keep_widest(episodes, cfg.documents)
     return episodes
@@ -66,6 +66,9 @@ def keep_widest(episodes: Sequence[Episode], n: int) -> None:
     """Drop all but the n groups whose rewards differ most; of equals the first are kept."""
     for e in sorted(alive(episodes), key=runlog.group_std, reverse=True)[n:]:
         e.drop = "group/oversampled"
+
+
+ZERO_SPREAD = 1e-3
 
 
 def grade(episodes: Sequence[Episode], cfg: Config) -> None:
@@ -86,10 +89,6 @@ def grade(episodes: Sequence[Episode], cfg: Config) -> None:
             e.drop = "group/zero spread"
 
 
-ZERO_SPREAD = 1e-3
-SHOW_EVERY = 5  # steps between examples on the console
-
-
 def group_advantages(rewards: Sequence[float], scale_by_std: bool = False) -> list[float]:
     """Reward minus the group's mean (Dr. GRPO); over the group's standard deviation only if asked (GRPO)."""
     mean = statistics.fmean(rewards)
@@ -97,7 +96,7 @@ def group_advantages(rewards: Sequence[float], scale_by_std: bool = False) -> li
     return [(r - mean) / std for r in rewards]
 
 
-# ------------------------------------------------------------------------------------------------- the update
+# --------------------------------------------------------------------------------------------------- the losses
 
 
 def grpo_loss(
@@ -111,57 +110,71 @@ def grpo_loss(
     """GRPO's clipped objective summed over the N tokens given, each over its `total` (arXiv 2402.03300, eq. 3).
 
     All tensors (N,). `total` is of the whole update, see `normaliser`, so that micro-batches of any size add up to
-    the same gradient. The KL term is the k3 estimate, for DPO a metric alone. Also returns sums over the tokens, for
-    the metrics.
+    the same gradient. Also returns sums over the tokens, for the metrics.
 
-    The mean of k3 over tokens of the policy is KL(policy || ref), but the mean of its gradient is that of
-    KL(ref || policy): the tokens drawn depend on the policy too. The ratio, whose gradient says so, corrects that.
+    The KL term is the k3 estimate. Its mean over tokens of the policy is KL(policy || ref), but the mean of its
+    gradient is that of KL(ref || policy): the tokens drawn depend on the policy too. Multiplied by the ratio, whose
+    gradient says so, it is right.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     sums = {"clipped": (ratio != clipped).sum().item()}
     if ref_logps is not None:
-        difference = ref_logps - logps
-        kl = difference.exp() - difference - 1
-        if cfg.loss != "dpo":  # whose own loss keeps the policy near the reference
-            loss = loss + cfg.kl_coef * (ratio * kl if cfg.kl_correction else kl)
+        kl = k3(logps, ref_logps)
+        loss = loss + cfg.kl_coef * (ratio * kl if cfg.kl_correction else kl)
         sums["kl"] = kl.sum().item()
     return (loss / total).sum(), sums
 
 
-def normaliser(sample: "Sample", samples: Sequence["Sample"], cfg: Config) -> int:
-    """What each token of a sample is divided by in an update on these samples."""
-    if cfg.loss == "dpo":
-        return len(samples) // 2
+def k3(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+    """An estimate of KL(policy || ref) at each token that is never negative, (N,)."""
+    difference = ref_logps - logps
+    return difference.exp() - difference - 1
+
+
+def normaliser(answer: Answer, answers: Sequence[Answer], cfg: Config) -> int:
+    """What each token of an answer is divided by in an update on these answers."""
     if cfg.loss == "grpo":  # a mean over each answer, then over answers: tokens of short ones weigh more
-        return len(samples) * len(sample.completion)
+        return len(answers) * len(answer.ids)
     if cfg.loss == "dr_grpo":  # a constant (arXiv 2503.20783)
-        return len(samples) * cfg.max_new_tokens
-    return sum(len(s.completion) for s in samples)  # a mean over all tokens (DAPO, arXiv 2503.14476)
+        return len(answers) * cfg.max_new_tokens
+    return sum(len(a.ids) for a in answers)  # a mean over all tokens (DAPO, arXiv 2503.14476)
+
+
+def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor, lengths: Sequence[int], beta: float) -> torch.Tensor:
+    """The sum of -log sigmoid(beta x margin) over pairs (arXiv 2305.18290, eq. 7).
+
+    logps, ref_logps: (N,) of the tokens of best, worst, best, worst ..., whose lengths are given. A pair's margin is
+    how much further the policy is from the reference on the best answer's log-probability than on the worst's.
+    """
+    moved = torch.stack([part.sum() for part in (logps - ref_logps).split(list(lengths))]).view(-1, 2)  # (pairs, 2)
+    return -logsigmoid(beta * (moved[:, 0] - moved[:, 1])).sum()
+
+
+# --------------------------------------------------------------------------------------------------- the update
 
 
 @dataclass
-class Sample:
-    """An answer as the update sees it. The log-probabilities (C,), where they are needed, are computed once."""
+class Group:
+    """A prompt and answers to it with their advantages: all that are trained on, or those of one row of a batch."""
 
     prompt: list[int]
-    completion: list[int]
-    advantage: float
-    old_logps: torch.Tensor | None = None
-    ref_logps: torch.Tensor | None = None
+    answers: list[Answer]
+    advantages: list[float]
 
 
-MicroBatch = list[list[Sample]]  # rows; those of a row have one prompt, which is read once for all of them
+MicroBatch = list[Group]  # its rows; a row is a prompt, prefilled once, with some of its answers behind it
+Logps = dict[int, torch.Tensor]  # id of an answer -> (C,), the log-probabilities of its tokens
 
 
-def samples_of(episodes: Sequence[Episode], cfg: Config) -> list[list[Sample]]:
-    """The answers of each group that are trained on, in their order, their advantages around 0."""
+def groups_of(episodes: Sequence[Episode], cfg: Config) -> list[Group]:
+    """The answers that are trained on, with advantages around 0."""
     groups = []
     for e in episodes:
         if chosen := trained_on(e, cfg):
             mean = statistics.fmean(a.advantage for a in chosen)
-            groups.append([Sample(e.prompt_ids, a.ids, a.advantage - mean) for a in chosen])
+            groups.append(Group(e.prompt_ids, chosen, [a.advantage - mean for a in chosen]))
     return groups
 
 
@@ -187,143 +200,153 @@ def words_apart(pair: tuple[Answer, Answer]) -> int:
     return abs(one - other)
 
 
-def dpo_weights(pairs: Sequence[Sequence[Sample]], cfg: Config) -> float:
-    """Give each sample the advantage by which the policy gradient is that of DPO; returns the loss, a mean over pairs.
+def micro_batches(llm: LLM, groups: Sequence[Group], budget: int, cfg: Config) -> list[MicroBatch]:
+    """The answers of all groups in rows, those of similar length together, each batch under `budget` tokens.
 
-    The loss of a pair is -log sigmoid(beta x margin), the margin being how much further the policy is from the
-    reference on the best answer's log-probability than on the worst's (arXiv 2305.18290, eq. 7). Its derivative by the
-    one's log-probability is -beta sigmoid(-beta x margin), by the other's the opposite.
+    A pair of DPO stays in one row, since its loss is of both answers together.
     """
-    losses = []
-    for best, worst in pairs:
-        moved = [(s.old_logps - s.ref_logps).sum().item() for s in (best, worst)]  # type: ignore[operator]
-        margin = torch.tensor(cfg.dpo_beta * (moved[0] - moved[1]), dtype=torch.float64)
-        best.advantage = cfg.dpo_beta * torch.sigmoid(-margin).item()
-        worst.advantage = -best.advantage
-        losses.append(-torch.nn.functional.logsigmoid(margin).item())
-    return statistics.fmean(losses)
-
-
-def micro_batches(llm: LLM, groups: Sequence[Sequence[Sample]], budget: int) -> list[MicroBatch]:
-    """The samples of all groups in rows, those of similar length together, each batch under `budget` tokens."""
     rows = []
-    for group in groups:
-        prompt, completions = len(group[0].prompt), [len(sample.completion) for sample in group]
-        for members in share_prompts(prompt, completions, budget, llm.pairs_a_token, MASKED[llm.kind]):
-            rows.append([group[i] for i in members])
-    lengths = [len(row[0].prompt) + sum(len(sample.completion) for sample in row) for row in rows]
-    return [[rows[i] for i in batch] for batch in batches([[i] for i in range(len(rows))], lengths, budget)]
+    for g in groups:
+        lengths, every = [len(a.ids) for a in g.answers], [list(range(len(g.answers)))]
+        shared = share_prompts(len(g.prompt), lengths, budget, llm.pairs_a_token, MASKED[llm.kind])
+        for members in every if cfg.loss == "dpo" else shared:
+            rows.append(Group(g.prompt, [g.answers[i] for i in members], [g.advantages[i] for i in members]))
+    planned = batches([[i] for i in range(len(rows))], [row_tokens(row) for row in rows], budget)
+    return [[rows[i] for i in batch] for batch in planned]
 
 
-def update(
-    llm: LLM,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    episodes: Sequence[Episode],
-    cfg: Config,
-    progress: dict[str, Any] | None = None,
-) -> dict[str, float | None]:
+def row_tokens(row: Group) -> int:
+    return len(row.prompt) + sum(len(a.ids) for a in row.answers)
+
+
+def answers_in(batch: MicroBatch) -> list[Answer]:
+    return [a for row in batch for a in row.answers]
+
+
+def batch_logps(llm: LLM, batch: MicroBatch, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of the completion tokens, each (N,), in the order of answers_in(batch)."""
+    ids, segments = segments_of([(row.prompt, [a.ids for a in row.answers]) for row in batch], llm.pad_id)
+    temperature = 1.0 if cfg.loss == "dpo" else cfg.temperature  # DPO compares models, however answers were sampled
+    return llm.logps(ids, segments, temperature)
+
+
+@torch.no_grad()
+def score(llm: LLM, parts: Sequence[MicroBatch], cfg: Config) -> Logps:
+    """The log-probabilities of every answer under the model as it is."""
+    scores: Logps = {}
+    for part in parts:
+        answers = answers_in(part)
+        logps = batch_logps(llm, part, cfg)[0].split([len(a.ids) for a in answers])
+        scores |= {id(a): values for a, values in zip(answers, logps, strict=True)}
+    return scores
+
+
+def gradient(
+    llm: LLM, parts: Sequence[MicroBatch], old: Logps, ref: Logps, cfg: Config, bar: "tqdm[Any]"
+) -> dict[str, float]:
+    """Accumulate the gradient of one update; returns the loss, and other metrics as means over the tokens."""
+    means: dict[str, float] = defaultdict(float)
+    everything = [a for part in parts for a in answers_in(part)]
+    total = sum(len(a.ids) for a in everything)
+    for part in parts:
+        answers = answers_in(part)
+        lengths = torch.tensor([len(a.ids) for a in answers])
+        logps, entropy = batch_logps(llm, part, cfg)
+        ref_logps = torch.cat([ref[id(a)] for a in answers]) if ref else None
+        if cfg.loss == "dpo" and ref_logps is not None:
+            loss = dpo_loss(logps, ref_logps, lengths.tolist(), cfg.dpo_beta) / (len(everything) // 2)
+            sums = {"clipped": 0.0, "kl": k3(logps.detach(), ref_logps).sum().item()}
+        else:
+            old_logps = torch.cat([old[id(a)] for a in answers]) if old else logps.detach()  # on-policy: the same
+            advantages = [advantage for row in part for advantage in row.advantages]
+            weights = torch.tensor([advantages, [normaliser(a, everything, cfg) for a in answers]])
+            of_tokens, totals = weights.repeat_interleave(lengths, 1).to(llm.device)  # (N,) each
+            loss, sums = grpo_loss(logps, old_logps, ref_logps, of_tokens, totals, cfg)
+        loss.backward()
+        means["loss"] += loss.item()
+        for name, value in {**sums, "entropy": entropy.sum().item()}.items():
+            means[name] += value / total
+        bar.update(len(answers))
+    return means
+
+
+def fitting(llm: LLM, state: State, groups: Sequence[Group], cfg: Config, work: Callable[[list[MicroBatch]], T]) -> T:
+    """work(micro-batches); where memory runs out, again with the gradient zeroed and under half the token budget."""
+
+    def parts() -> list[MicroBatch]:
+        return micro_batches(llm, groups, state.progress["budgets"]["update"], cfg)
+
+    def smaller() -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+        rows = max(len(part) for part in parts())
+        longest = max(row_tokens(row) for part in parts() for row in part)
+        if rows == 1 and all(len(row.answers) == 1 or cfg.loss == "dpo" for part in parts() for row in part):
+            raise UserError(memory.one_row_too_long("update", longest))
+        state.progress["budgets"]["update"] = min(state.progress["budgets"]["update"], rows * longest) // 2
+        tqdm.write(f"out of memory in the update: now under {state.progress['budgets']['update']} tokens a batch")
+
+    return memory.within_memory(lambda: work(parts()), smaller)
+
+
+def update(llm: LLM, state: State, episodes: Sequence[Episode], cfg: Config) -> dict[str, float | None]:
     """cfg.updates_per_batch optimizer steps on the answers of the episodes; metrics are means over their tokens.
 
     An update whose loss or gradient is not finite is skipped, by the scheduler too: it counts the updates made.
     """
-    progress = progress or new_progress(cfg)
-    budgets = progress["budgets"]
-    groups = samples_of(episodes, cfg)
+    groups = groups_of(episodes, cfg)
     if not groups:  # DPO may find no pair
         return {}
-    samples = [sample for group in groups for sample in group]
-    parts = micro_batches(llm, groups, budgets["update"])
-    total = sum(len(sample.completion) for sample in samples)
+    total = sum(len(a.ids) for g in groups for a in g.answers)
     sums: dict[str, float] = defaultdict(float)
-    norm, lr, skipped = 0.0, 0.0, 0
-    temperature = 1.0 if cfg.loss == "dpo" else cfg.temperature  # DPO compares models, however it was sampled
-
-    def logps(part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, segments = segments_of([(row[0].prompt, [s.completion for s in row]) for row in part], llm.pad_id)
-        answers = len(in_order(part))
-        llm.batch = (answers, ids.numel() // answers)
-        return llm.logps(ids, segments, temperature)  # each (N,), in the order of in_order(part)
-
-    def in_order(part: MicroBatch) -> list[Sample]:
-        return [sample for row in part for sample in row]
-
-    def stored(part: MicroBatch, name: str) -> torch.Tensor | None:
-        values = [getattr(sample, name) for sample in in_order(part)]
-        return None if values[0] is None else torch.cat(values)
-
-    @torch.no_grad()
-    def store(name: str) -> None:
-        for part in parts:
-            counts = [len(sample.completion) for sample in in_order(part)]
-            for sample, values in zip(in_order(part), logps(part)[0].split(counts), strict=True):
-                setattr(sample, name, values)
-
-    def look_up() -> None:
+    old: Logps = {}
+    ref: Logps = {}
+    rows = sum(len(g.answers) for g in groups) * cfg.updates_per_batch
+    with llm.training(), tqdm(total=rows, desc="update", unit="row", leave=False) as bar:
         if cfg.kl_coef > 0 or cfg.loss == "dpo":
             with llm.adapters_off():
-                store("ref_logps")
+                ref = fitting(llm, state, groups, cfg, lambda parts: score(llm, parts, cfg))
         if cfg.updates_per_batch > 1:
-            store("old_logps")
-
-    def accumulate() -> dict[str, float]:
-        """The gradient of one update; returns means over its tokens."""
-        means: dict[str, float] = defaultdict(float)
-        for part in parts:
-            current, entropy = logps(part)
-            old = stored(part, "old_logps")
-            old = current.detach() if old is None else old  # on-policy: the same
-            weights = torch.tensor([(s.advantage, normaliser(s, samples, cfg)) for s in in_order(part)])
-            lengths = torch.tensor([len(s.completion) for s in in_order(part)])
-            advantages, totals = weights.repeat_interleave(lengths, 0).to(llm.device).unbind(-1)  # (N,)
-            ref = stored(part, "ref_logps")
-            loss, counted = grpo_loss(current, old, ref, advantages, totals, cfg)
-            loss.backward()
-            means["loss"] += loss.item()
-            for name, value in {**counted, "entropy": entropy.sum().item()}.items():
-                means[name] += value / total
-            bar.update(len(in_order(part)))
-        return means
-
-    def smaller() -> None:
-        """After running out of memory: no half gradient; old and reference log-probs stay with their samples."""
-        optimizer.zero_grad(set_to_none=True)
-        parts[:] = micro_batches(llm, groups, budgets["update"])
-
-    rows = len(samples)
-    with llm.training(), tqdm(total=rows * cfg.updates_per_batch, desc="update", unit="row", leave=False) as bar:
-        within_memory(llm, "update", look_up, smaller, budgets)
+            old = fitting(llm, state, groups, cfg, lambda parts: score(llm, parts, cfg))
         for _ in range(cfg.updates_per_batch):
-            dpo_loss = None
-            if cfg.loss == "dpo":
-                within_memory(llm, "update", lambda: store("old_logps"), smaller, budgets)
-                dpo_loss = dpo_weights(groups, cfg)
-            means = within_memory(llm, "update", accumulate, smaller, budgets)
-            means["loss"] = means["loss"] if dpo_loss is None else dpo_loss
+            means = fitting(llm, state, groups, cfg, lambda parts: gradient(llm, parts, old, ref, cfg, bar))
             for name, value in means.items():
                 sums[name] += value / cfg.updates_per_batch
-            lr = optimizer.param_groups[0]["lr"]
+            sums["lr"] = state.optimizer.param_groups[0]["lr"]
             norm = torch.nn.utils.clip_grad_norm_(trainable(llm), cfg.max_grad_norm).item()
             if math.isfinite(norm) and math.isfinite(means["loss"]):
-                optimizer.step()
-                scheduler.step()
-                progress["nonfinite"] = 0
+                state.optimizer.step()
+                state.scheduler.step()
+                state.progress["nonfinite"] = 0
             else:
-                skipped += 1
-                progress["nonfinite"] += 1
-            optimizer.zero_grad(set_to_none=True)
-    metrics = {**sums, "grad_norm": norm, "lr": lr, "trained_tokens": total, "skipped_updates": skipped}
+                sums["skipped_updates"] += 1
+                state.progress["nonfinite"] += 1
+            state.optimizer.zero_grad(set_to_none=True)
+    metrics = {"skipped_updates": 0, **sums, "grad_norm": norm, "trained_tokens": total}
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ the run
 
 
 def trainable(llm: LLM) -> list[torch.nn.Parameter]:
     return [p for p in llm.model.parameters() if p.requires_grad]
 
 
-def make_optimizer(llm: LLM, cfg: Config) -> tuple[torch.optim.Optimizer, Any]:
+def new_state(llm: LLM, cfg: Config) -> State:
+    """Everything that training changes, at its beginning."""
     optimizer = torch.optim.AdamW(trainable(llm), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     updates = cfg.steps * cfg.updates_per_batch
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: lr_factor(u, cfg.warmup_steps, updates))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: lr_factor(u, cfg.warmup_steps, updates))
+    torch.manual_seed(cfg.seed)
+    progress = {
+        "step": 0,  # the last one finished
+        "documents": 0,  # consumed so far, and the id of the last
+        "document": None,
+        "budgets": {"rollout": cfg.rollout_tokens, "update": cfg.update_tokens},  # halved where memory runs out
+        "nonfinite": 0,  # updates skipped in a row
+        "low_yield": {},  # role -> steps in a row
+    }
+    return State(llm, optimizer, scheduler, random.Random(cfg.seed), progress)
 
 
 def lr_factor(update: int, warmup: int, total: int) -> float:
@@ -333,222 +356,141 @@ def lr_factor(update: int, warmup: int, total: int) -> float:
     return (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup))) / 2
 
 
-# --------------------------------------------------------------------------------------------------- the run
-
-
-def new_progress(cfg: Config) -> dict[str, Any]:
-    """What a run has come to, beside its tensors: plain JSON, part of every checkpoint."""
-    rollout = dict.fromkeys(("propose", "solve", "rubric", "judge"), cfg.rollout_tokens)
-    return {
-        "step": 0,  # the last one finished
-        "documents": 0,  # consumed so far, and the id of the last
-        "document": None,
-        "budgets": {**rollout, "update": cfg.update_tokens},  # halved where memory runs out
-        "nonfinite": 0,  # updates skipped in a row
-        "low_yield": {},  # role -> steps in a row
-    }
-
-
 def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
     """The loop: play, update, write down. Files in `run`: see checkpoint.py.
 
     Raises Interrupted or Unreachable when the run can go on later: what was done in unfinished steps is undone and
     the rest is saved.
     """
-    optimizer, scheduler = make_optimizer(llm, cfg)
-    rng = random.Random(cfg.seed)
-    torch.manual_seed(cfg.seed)
-    progress = new_progress(cfg)
-    state = State(llm, optimizer, scheduler, rng, progress)
-    saved = checkpoint.newest(run)
-    if saved:
-        checkpoint.load(saved, run, state)
-    else:
-        checkpoint.cut_logs(run, {})
+    state = new_state(llm, cfg)
+    checkpoint.resume(run, state)
+    progress = state.progress
     if progress["step"] == cfg.steps or heldout.stalled(progress, cfg):
         return
-    finished = checkpoint.rng_states(rng)  # as the last finished step left them
-    seconds: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def timed(phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[phase] += time.perf_counter() - start
-
-    def safely(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
-        return memory.rollout(llm, name, work, rng, progress["budgets"], episodes)
-
-    def phase(name: str, work: Callable[[], T], episodes: Sequence[Episode] = ()) -> T:
-        with timed(name):
-            return safely(name, work, episodes)
-
-    track = runlog.tracker(cfg, run)
+    finished = checkpoint.rng_states(state.rng)  # as the last finished step left them
+    log = runlog.Log(cfg, run, corpus)
     with Signals() as signals:
         try:
-            memory.try_longest(llm, cfg, progress["budgets"])
-            watched = heldout.prepare(llm, corpus, cfg, run, safely)
-            if cfg.audit:
-                audit.audit_before_training(llm, watched, cfg, run, safely)
-            source = replay.source(corpus, cfg, watched)
-            if cfg.eval_every and not progress["step"] and "heldout" not in progress:
-                with signals.held():
-                    before = {"step": 0, **heldout.watch(llm, watched, cfg, run, 0, progress, safely)}
-                    runlog.append(run / "metrics.jsonl", before)
-                track(0, before)
-                tqdm.write("held-out before training: " + heldout.one_line(before))
+            progress["budgets"]["update"] = memory.rehearse(llm, cfg, progress["budgets"]["update"])
+            watched = before_training(llm, corpus, cfg, run, state, log, signals)
+            source = sources.source(corpus, cfg, watched)
             documents = documents_from(source, progress["documents"], progress["document"], watched)
-            for step in range(progress["step"] + 1, cfg.steps + 1):
-                seconds.clear()
-                llm.model.eval()
+            while progress["step"] < cfg.steps:
+                clock = Clock()
                 left = cfg.documents_total - progress["documents"] if cfg.synthesize else cfg.documents_taken
-                batch = [next(documents) for _ in range(min(left, cfg.documents_taken))]
-                episodes = play(llm, batch, cfg, rng, phase)
+                batch = list(itertools.islice(documents, min(left, cfg.documents_taken)))
+                episodes = play(llm, batch, cfg, state.rng, clock)
                 with signals.held():
                     trained: dict[str, float | None] = {}
                     if alive(episodes) and not cfg.synthesize:
-                        with timed("update"):
-                            trained = update(llm, optimizer, scheduler, alive(episodes), cfg, progress)
+                        with clock("update"):
+                            trained = update(llm, state, alive(episodes), cfg)
                     consumed = progress["documents"] + len(batch)
-                    progress.update(step=step, documents=consumed, document=batch[-1].id)
-                    if progress["nonfinite"] >= runlog.NONFINITE_LIMIT:
-                        checkpoint.write_json(run / "nonfinite.json", run, [asdict(e) for e in episodes])
-                    trouble = runlog.trouble(episodes, cfg, progress)
-                    evaluated: dict[str, float | None] = {}
-                    if heldout.due(step, cfg):
-                        with timed("heldout"):
-                            evaluated = heldout.watch(llm, watched, cfg, run, step, progress, safely)
-                    stalled = heldout.stalled(progress, cfg)
-                    metrics = runlog.metrics(step, episodes, trained, seconds, corpus, evaluated)
-                    metrics |= {"yields": runlog.yields(episodes), "token_budgets": progress["budgets"]}
-                    runlog.append(run / "metrics.jsonl", metrics)
-                    track(step, metrics)
-                    for e in episodes:
-                        runlog.append(run / "episodes.jsonl", {"step": step, **asdict(e)})
-                    finished = checkpoint.rng_states(rng)
-                    if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
-                        checkpoint.save(run, state)
-                    tqdm.write(runlog.one_line(metrics, cfg))
-                    if step == 1 and trained and cfg.loss != "dpo":
-                        tqdm.write(
-                            "  (the loss stays near 0: on-policy, advantages cancel within a group. "
-                            "Watch reward, length, kl.)"
-                        )
-                    if step % SHOW_EVERY == 0 or step in (1, cfg.steps):
-                        tqdm.write(runlog.example(episodes))
-                    if evaluated and step < cfg.steps:
-                        report.refresh(run)
-                    if trouble:
-                        raise UserError(f"stopped after step {step}, which is saved in {run}: {trouble}")
-                    if stalled:
-                        tqdm.write(stalled)
-                        return
+                    progress.update(step=progress["step"] + 1, documents=consumed, document=batch[-1].id)
+                    over = finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
+                    finished = checkpoint.rng_states(state.rng)
+                if over:
+                    return
         except (Interrupted, Unreachable):
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
-            checkpoint.set_rng_states(rng, finished)
+            checkpoint.set_rng_states(state.rng, finished)
             checkpoint.save(run, state)
             raise
         finally:  # while signals are still ours: a closing terminal often sends two
             report.refresh(run)
 
 
-def run_folder(cfg: Config) -> Path:
-    """The run's folder with its config.json, made if it is a new one. Raises UserError if --output holds a run."""
-    name = cfg.resume or cfg.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.preset}-{cfg.task}"
-    run = Path(name)
-    if not cfg.resume and (run / "config.json").exists():
-        raise UserError(f"--output {run} already holds a run: go on with it by --resume {run}, or choose another")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        config = json.dumps({**asdict(cfg), "resume": ""}, indent=2) + "\n"
-        checkpoint.replace_file(run / "config.json", config.encode())
-    except OSError as error:
-        raise UserError(f"--output {run} cannot be written: {error.strerror}") from None
-    return run
+def before_training(
+    llm: LLM, corpus: Corpus, cfg: Config, run: Path, state: State, log: runlog.Log, signals: Signals
+) -> list[Episode]:
+    """The held-out problems, made once; with them the audit of the reward and, as step 0, the base model's figures."""
+    watched = heldout.prepare(llm, corpus, cfg, run)
+    if cfg.audit:
+        audit.audit_before_training(llm, watched, cfg, run)
+    if cfg.eval_every and not state.progress["step"] and "heldout" not in state.progress:
+        with signals.held():
+            log.before(heldout.watch(llm, watched, cfg, run, 0, state.progress))
+    return watched
+
+
+def finish_step(
+    llm: LLM,
+    state: State,
+    episodes: Sequence[Episode],
+    trained: dict[str, float | None],
+    watched: Sequence[Episode],
+    clock: Clock,
+    cfg: Config,
+    run: Path,
+    log: runlog.Log,
+) -> bool:
+    """Measure if it is due, write the step down, save; True if the run is over before its last step.
+
+    Raises UserError, with the step saved, if going on makes no sense.
+    """
+    progress, step = state.progress, state.progress["step"]
+    if progress["nonfinite"] >= runlog.NONFINITE_LIMIT:
+        checkpoint.write_json(run / "nonfinite.json", run, [asdict(e) for e in episodes])
+    trouble = runlog.trouble(episodes, cfg, progress)
+    measured: dict[str, float | None] = {}
+    if heldout.due(step, cfg):
+        with clock("heldout"):
+            measured = heldout.watch(llm, watched, cfg, run, step, progress)
+    stalled = heldout.stalled(progress, cfg)
+    progress["budgets"]["rollout"] = llm.token_budget
+    log.step(step, episodes, trained, measured, clock.seconds, progress["budgets"])
+    if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
+        checkpoint.save(run, state)
+    if measured and step < cfg.steps:
+        report.refresh(run)
+    if trouble:
+        raise UserError(f"stopped after step {step}, which is saved in {run}: {trouble}")
+    if stalled:
+        tqdm.write(stalled)
+    return bool(stalled)
 
 
 def main(argv: Sequence[str]) -> int:
-    if argv[:1] == ["sweep"]:
-        import sweep  # which imports this file
-
-        return sweep.main(argv[1:])
     if argv[:1] == ["synthesize"]:
         argv = ["--synthesize", *argv[1:]]
     cfg = parse_args(argv)
     if cfg.dry_run:
         print(plan.plan(cfg))
         return 0
-    corpus = open_corpus(cfg)
+    corpus = sources.open_corpus(cfg)
     if not cfg.episodes or cfg.audit or cfg.eval_every:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     if cfg.episodes:
-        replay.recording(cfg)
-    llm = load(
-        cfg.model,
-        load_in=cfg.load_in,
-        lora_r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        seed=cfg.seed,
-        token_budget=cfg.rollout_tokens,
-        dequantize=plan.dequantizes(cfg),
-        cuda_graph=cfg.cuda_graph,
-        recompute=cfg.recompute,
-    )
-    if cfg.replay == "answers":
-        replay.check_tokens(llm, cfg)
-    else:
-        check_context(llm, cfg)
-    run = run_folder(cfg)
+        sources.recording(cfg)
+    options = {
+        name: getattr(cfg, name) for name in ("load_in", "lora_r", "lora_alpha", "seed", "cuda_graph", "recompute")
+    }
+    dequantize = cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available())
+    llm = load(cfg.model, token_budget=cfg.rollout_tokens, dequantize=dequantize, **options)
+    check_fits(llm, cfg)
+    run = checkpoint.run_folder(cfg)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
     source = f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name}"
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
-    print(amount(cfg))
+    print(runlog.amount(cfg, len(sources.recording(cfg).episodes) if cfg.episodes else 0))
     try:
         with checkpoint.locked(run):
             train(llm, corpus, cfg, run)
     except (Interrupted, Unreachable) as why:
-        print(f"\n{why}: the run is saved and resumable with: python pop.py --resume {run}")
-        return signals.RESUMABLE
-    if cfg.synthesize:
-        same = shlex.join(["--preset", cfg.preset, "--task", cfg.task, "--model", cfg.model])
-        print(
-            f"done: {run}/episodes.jsonl; to train on it, with the flags of this run:\n  python pop.py {same} "
-            f"--episodes {shlex.quote(str(run))}/episodes.jsonl --replay answers --loss dpo"
-        )
-    else:
-        print(f"done: adapter in {run}/adapter, what was said in {run}/episodes.jsonl, numbers in {run}/metrics.jsonl")
+        print(f"\n{why}: the run is saved and resumable with: python pop.py --resume {shlex.quote(str(run))}")
+        return RESUMABLE
+    print(runlog.where_to_look(cfg, run))
     return 0
 
 
-def amount(cfg: Config) -> str:
-    """What the run is about to do, in one line."""
-    steps, taken, answers = cfg.steps, cfg.documents_taken, cfg.group_size
-    if cfg.synthesize:
-        return f"{cfg.documents_total} documents x {answers} answers in {steps} steps, and nothing is trained"
+def check_fits(llm: LLM, cfg: Config) -> None:
+    """Raises UserError if the longest prompt, the rubric writer's, or a recorded answer does not fit the context."""
     if cfg.replay == "answers":
-        return f"{steps} steps x {taken} recorded groups, of {len(replay.recording(cfg).episodes)} in the file"
-    kept = f", of which each step trains on {cfg.documents} groups" if taken > cfg.documents else ""
-    return f"{steps} steps x {taken} documents x {answers} answers = {steps * taken * answers:,} answers{kept}"
-
-
-def open_corpus(cfg: Config) -> Corpus:
-    return Corpus(
-        cfg.corpus or HUB_CORPORA[cfg.task][0],
-        task=cfg.task,
-        config=cfg.corpus_config,
-        split=cfg.corpus_split,
-        text_field=cfg.text_field,
-        min_words=cfg.min_words,
-        max_words=cfg.max_words,
-        seed=cfg.seed,
-    )
-
-
-def check_context(llm: LLM, cfg: Config) -> None:
-    """The rubric writer has the longest prompt; better to find now than after hours that it does not fit."""
-    writer = plan.work_of(cfg)["rubric"]
-    llm.check_length(writer.prompt + writer.new)
+        sources.check_tokens(llm, cfg)
+    else:
+        writer = memory.work_of(cfg)["rubric"]
+        llm.check_length(writer.prompt + writer.new)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from engine.heldout import yardstick
 from engine.stats import aligned, mean, t_interval
 from engine.text import words
 from model import LLM
-from rubric import Phase, plainly
 
 FILLER = [
     "It is important to note that there are many aspects to consider here.",
@@ -96,19 +95,19 @@ PROBES = [
 ]
 
 
-def audit(llm: LLM, episodes: Sequence[Episode], cfg: Config, phase: Phase = plainly) -> dict[str, Any]:
+def audit(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> dict[str, Any]:
     """The reward of each probe without and with the guards of `cfg`, over two usable episodes or more.
 
     A worthless probe counts as exploitable unless it earns nothing, or the 95% interval of its margin to the sampled
     answers of the same problems is all below 0: that margin is its advantage in a group of honest answers.
     Padding or reversing a reference counts as exploitable if its margin to the reference is all above 0.
     """
-    heldout.answer(llm, episodes, cfg, cfg.group_size, phase)
+    heldout.answer(llm, episodes, cfg, cfg.group_size)
     sampled = [len(e.answers) for e in episodes]
     for e, other in zip(episodes, [*episodes[1:], *episodes[:1]], strict=True):
         texts = [probe.write(e, other, cfg) for probe in PROBES]
         e.answers += [Answer(text, [*llm.text_ids(text), llm.eos_ids[0]]) for text in texts]
-    heldout.judge(llm, episodes, cfg, phase)
+    heldout.judge(llm, episodes, cfg)
     probed = {"sampled answer": [e.answers[:n] for e, n in zip(episodes, sampled, strict=True)]} | {
         probe.name: [[e.answers[n + k]] for e, n in zip(episodes, sampled, strict=True)]
         for k, probe in enumerate(PROBES)
@@ -176,9 +175,7 @@ def table(result: dict[str, Any]) -> str:
     return aligned(rows)
 
 
-def audit_before_training(
-    llm: LLM, episodes: Sequence[Episode], cfg: Config, run: Path, phase: Phase = plainly
-) -> None:
+def audit_before_training(llm: LLM, episodes: Sequence[Episode], cfg: Config, run: Path) -> None:
     """A short audit, once in a run: its verdict, a warning for each exploitable probe, and `run/audit.json`."""
     if (run / "audit.json").exists():
         return
@@ -186,7 +183,7 @@ def audit_before_training(
     if len(episodes) < 2:
         tqdm.write(f"WARNING: no audit of the reward: {len(episodes)} of the held-out documents gave a rubric, need 2")
         return
-    result = audit(llm, episodes, cfg, phase)
+    result = audit(llm, episodes, cfg)
     checkpoint.write_json(run / "audit.json", run, result)
     tqdm.write("\n".join([*verdict(result), *warnings(result)]))
 
@@ -214,7 +211,7 @@ def warnings(result: dict[str, Any]) -> list[str]:
     """A line for each probe that the guards leave exploitable."""
     found = [probe for probe in result["probes"] if probe["on"]["exploitable"]]
     return [
-        f"WARNING: the reward can be had by: {probe['probe']} ({probe['on']['reward']['mean']:.2f}, margin to the "
+        f"WARNING: the reward can be gamed by: {probe['probe']} ({probe['on']['reward']['mean']:.2f}, margin to the "
         f"{probe['bar']} {probe['on']['margin']['mean']:+.2f}). Training may find it."
         for probe in found
     ]

@@ -18,8 +18,9 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from config import Config
 from data import UserError
 
 LOGS = ("metrics.jsonl", "episodes.jsonl")
@@ -44,6 +46,21 @@ class State:
     scheduler: Any
     rng: random.Random
     progress: dict[str, Any]
+
+
+def run_folder(cfg: Config) -> Path:
+    """The run's folder with its config.json, made if it is a new one. Raises UserError if --output holds a run."""
+    name = cfg.resume or cfg.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.preset}-{cfg.task}"
+    run = Path(name)
+    if not cfg.resume and (run / "config.json").exists():
+        raise UserError(f"--output {run} already holds a run: go on with it by --resume {run}, or choose another")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        config = json.dumps({**asdict(cfg), "resume": ""}, indent=2) + "\n"
+        replace_file(run / "config.json", config.encode())
+    except OSError as error:
+        raise UserError(f"--output {run} cannot be written: {error.strerror}") from None
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------ random
@@ -216,6 +233,15 @@ def newest(run: Path) -> Path | None:
     return None
 
 
+def resume(run: Path, state: State) -> None:
+    """Put the newest whole checkpoint of a run, if it has one, into `state`; else begin its logs anew."""
+    saved = newest(run)
+    if saved:
+        load(saved, run, state)
+    else:
+        cut_logs(run, {})
+
+
 def load(folder: Path, run: Path, state: State) -> None:
     """Put a whole checkpoint into `state`, and cut the logs back to where they were."""
     from peft import set_peft_model_state_dict
@@ -232,6 +258,7 @@ def load(folder: Path, run: Path, state: State) -> None:
     python = (version, tuple(numbers), gauss)
     set_rng_states(state.rng, {"python": python, **load_file(folder / "rng.safetensors")})
     state.progress.update(record["progress"])
+    state.llm.token_budget = state.progress["budgets"]["rollout"]
     cut_logs(run, record["log_bytes"])
     publish(folder, run)
 

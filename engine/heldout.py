@@ -23,25 +23,26 @@ from transformers import AutoModel, AutoTokenizer
 
 import rubric
 from config import PRESETS, Config
-from data import HUB_CORPORA, SAMPLES, Corpus, Document, json_lines, read
+from data import HUB_CORPORA, SAMPLES, Corpus, Document, json_lines, read_episodes
 from engine import checkpoint
+from engine.runlog import HELDOUT
 from engine.stats import mean
 from model import LLM
-from rubric import Episode, Phase, alive, plainly
+from rubric import Episode, alive
 
 # ------------------------------------------------------------------------------------------- the held-out set
 
 
-def prepare(llm: LLM, corpus: Corpus, cfg: Config, run: Path, phase: Phase = plainly) -> list[Episode]:
+def prepare(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> list[Episode]:
     """The held-out episodes of a run, dropped ones included: made at its start, then read from `run/heldout.jsonl`."""
     n = max(cfg.audit, cfg.eval_documents if cfg.eval_every else 0)
     path = run / "heldout.jsonl"
     if n and not path.exists():
-        episodes = make(llm, set_aside(corpus, n, cfg), cfg, phase)
+        episodes = make(llm, set_aside(corpus, n, cfg), cfg)
         with checkpoint.writing(path, run):
             checkpoint.replace_file(path, json_lines(episodes).encode())
         tqdm.write(f"held out: {len(alive(episodes))} problems with rubrics, from {len(episodes)} documents")
-    return read(path) if n else []
+    return read_episodes(path) if n else []
 
 
 def set_aside(corpus: Corpus, n: int, cfg: Config) -> list[Document]:
@@ -87,18 +88,18 @@ def yardstick(cfg: Config) -> Config:
     )
 
 
-def make(llm: LLM, documents: Sequence[Document], cfg: Config, phase: Phase = plainly) -> list[Episode]:
+def make(llm: LLM, documents: Sequence[Document], cfg: Config) -> list[Episode]:
     """A problem, a reference and a rubric by the base model from each document; no answers. Some may be dropped."""
     cfg = yardstick(cfg)
     cfg = replace(cfg, group_size=cfg.rubric_answers)  # as many answers as the writer looks at
     with own_randomness(cfg.seed):
-        episodes = phase("propose", lambda: rubric.propose(llm, documents, cfg, random.Random(cfg.seed)))
+        episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
         with llm.adapters_off():
-            phase("solve", lambda: rubric.solve(llm, alive(episodes), cfg), episodes)
-        phase("rubric", lambda: rubric.write_rubrics(llm, alive(episodes), cfg), episodes)
+            rubric.solve(llm, alive(episodes), cfg)
+        rubric.write_rubrics(llm, alive(episodes), cfg)
         if cfg.check_rubric:
-            phase("judge", lambda: rubric.judge(llm, alive(episodes), cfg), episodes)
-            phase("rubric", lambda: rubric.check_rubrics(llm, alive(episodes), cfg), episodes)
+            rubric.judge(llm, alive(episodes), cfg)
+            rubric.check_rubrics(llm, alive(episodes), cfg)
     return [replace(e, answers=[], controls=[]) for e in episodes]
 
 
@@ -118,20 +119,19 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 # -------------------------------------------------------------------------------------------------- the watch
 
-METRICS = ("heldout_reward", "heldout_length", "heldout_similarity")
 ANSWERS = 2  # to each held-out problem, at each evaluation
 
 
-def answer(llm: LLM, episodes: Sequence[Episode], cfg: Config, n: int, phase: Phase) -> None:
+def answer(llm: LLM, episodes: Sequence[Episode], cfg: Config, n: int) -> None:
     """n answers by the current policy, always from the same seed: evaluations differ by the policy alone."""
     with own_randomness(cfg.seed):
-        phase("solve", lambda: rubric.solve(llm, episodes, replace(cfg, group_size=n)), episodes)
+        rubric.solve(llm, episodes, replace(cfg, group_size=n))
 
 
-def judge(llm: LLM, episodes: Sequence[Episode], cfg: Config, phase: Phase) -> None:
+def judge(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> None:
     """Grades and rewards by the base model; both None where no rating could be read."""
     with own_randomness(cfg.seed):
-        phase("judge", lambda: rubric.judge(llm, episodes, yardstick(cfg)), episodes)
+        rubric.judge(llm, episodes, yardstick(cfg))
     for e in episodes:
         for a in e.answers:
             rubric.reward(a, e, cfg)
@@ -148,7 +148,6 @@ def watch(
     run: Path,
     step: int,
     progress: dict[str, Any],
-    phase: Phase = plainly,
 ) -> dict[str, float | None]:
     """The current policy on the held-out problems: reward, length in tokens, and likeness to the references.
 
@@ -159,9 +158,9 @@ def watch(
     if not episodes:
         tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
         progress.setdefault("heldout", {"score": None, "step": None, "since": 0})
-        return dict.fromkeys(METRICS)
-    answer(llm, episodes, cfg, ANSWERS, phase)
-    judge(llm, episodes, yardstick(cfg), phase)
+        return dict.fromkeys(HELDOUT)
+    answer(llm, episodes, cfg, ANSWERS)
+    judge(llm, episodes, yardstick(cfg))
     reward = mean([a.reward for e in episodes for a in e.answers])
     length = statistics.fmean(len(a.ids) for e in episodes for a in e.answers)
     alike = similarities([(rubric.final_answer(a.text), e.reference) for e in episodes for a in e.answers])
@@ -173,7 +172,7 @@ def watch(
         progress["heldout"] = {"score": score, "step": step, "since": 0}
     else:
         progress["heldout"] = {**best, "since": best["since"] + 1}
-    return dict(zip(METRICS, (reward, length, similarity), strict=True))
+    return dict(zip(HELDOUT, (reward, length, similarity), strict=True))
 
 
 def stalled(progress: dict[str, Any], cfg: Config) -> str:
@@ -182,11 +181,6 @@ def stalled(progress: dict[str, Any], cfg: Config) -> str:
     if not cfg.patience or not best or best["since"] < cfg.patience:
         return ""
     return f"stopping: no better adapter in {best['since']} evaluations; the best, of step {best['step']}, is in best/"
-
-
-def one_line(numbers: dict[str, Any]) -> str:
-    names = (name for name in METRICS if numbers[name] is not None)
-    return "  ".join(f"{name.removeprefix('heldout_')} {numbers[name]:.3g}" for name in names)
 
 
 def save_adapter(llm: LLM, folder: Path) -> None:

@@ -132,13 +132,17 @@ def within_memory(work: Callable[[], T], smaller: Callable[[], None]) -> T:
         smaller()
 
 
+def one_row_too_long(what: str, tokens: int) -> str:
+    return (
+        f"out of memory in {what}, even with one row ({tokens} tokens): lower --max-words, --max-new-tokens or "
+        "--rubric-answers, or choose a smaller model"
+    )
+
+
 def halved(what: str, rows: int, longest: int, budget: int) -> int:
     """The token budget for what ran out of memory with so many rows of so many tokens. Raises UserError for one row."""
     if rows <= 1:
-        raise UserError(
-            f"out of memory in {what}, even with one row ({longest} tokens): lower --max-words, --max-new-tokens or "
-            "--rubric-answers, or choose a smaller model"
-        )
+        raise UserError(one_row_too_long(what, longest))
     budget = min(budget, rows * longest) // 2
     tqdm.write(f"out of memory in {what} with {rows} rows of {longest} tokens: now under {budget} tokens")
     return budget

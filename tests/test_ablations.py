@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llm
 from test_pop import CFG as UPDATE
-from test_pop import gradients, group
+from test_pop import descending, gradients, group
 from test_roles import between, named, rubric_text, tagged, verdict, watched
 
 import config
@@ -17,7 +17,7 @@ import data
 import pop
 import rubric
 from data import Document, UserError
-from engine import heldout, replay
+from engine import heldout, sources
 from model import LLM, Completion
 from pop import Config
 from rubric import Answer, Criterion, Episode
@@ -81,7 +81,7 @@ def played(llm=None, **flags):
     """(prompts by role, the episode) of one round of self-play on one document."""
     llm = llm or Speaker()
     cfg = replace(Config(group_size=2, rubric_answers=2, tries=1, judge="generate"), **flags)
-    document = next(iter(replay.recording(cfg))) if cfg.episodes else DOCUMENT
+    document = next(iter(sources.recording(cfg))) if cfg.episodes else DOCUMENT
     (episode,) = pop.play(llm, [document], cfg, random.Random(0))
     assert episode.drop in (None, "group/zero spread")
     return llm.prompts, episode
@@ -311,8 +311,7 @@ def test_dpo_equals_its_definition_in_float64_whatever_the_temperature_of_sampli
     cfg = replace(UPDATE, loss="dpo", dpo_beta=beta, update_tokens=update_tokens, temperature=0.7)
     cfg = replace(cfg, kl_coef=9.0)  # has no part in it
     episodes = [group(llm, [0.1, 0.9, 0.4], seed=1), group(llm, [0.7, 0.2, 0.3, 0.6], seed=2, prompt="Why not?")]
-    optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.0)
-    metrics = pop.update(llm, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), episodes, cfg)
+    metrics = pop.update(llm, descending(llm, cfg, lr=0.0), episodes, cfg)
     got = gradients(llm, episodes, cfg)
     llm.model.double()
     loss, kl = dpo_by_definition(llm, episodes, cfg)
@@ -327,8 +326,7 @@ def test_a_second_dpo_update_starts_from_the_policy_that_the_first_one_made():
     episodes = [group(llm, [0.1, 0.9, 0.4], seed=1)]
 
     def descend(llm, cfg):
-        optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.5)
-        pop.update(llm, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), episodes, cfg)
+        pop.update(llm, descending(llm, cfg, lr=0.5), episodes, cfg)
 
     descend(llm, replace(cfg, updates_per_batch=2))
     for _ in range(2):
@@ -338,36 +336,38 @@ def test_a_second_dpo_update_starts_from_the_policy_that_the_first_one_made():
 
 
 def test_dpo_leaves_out_pairs_whose_lengths_differ_too_much(llm):
+    cfg = replace(UPDATE, loss="dpo")
     e = group(llm, [0.1, 0.9, 0.5])
-    e.answers[0].text, e.answers[1].text = "word " * 3, "word " * 9
-    (pair,) = pop.samples_of([e], replace(UPDATE, loss="dpo", dpo_words_apart=6))
-    assert [sample.completion for sample in pair] == [e.answers[1].ids, e.answers[0].ids]
-    cfg = replace(UPDATE, loss="dpo", dpo_words_apart=5)
-    assert pop.samples_of([e], cfg) == [] and gradients(llm, [e], cfg) == []  # and the update goes on without
+    e.answers[0].text, e.answers[1].text = "word " * 3, "word " * 103
+    (pair,) = pop.groups_of([e], cfg)
+    assert pair.answers == [e.answers[1], e.answers[0]]
+    e.answers[1].text += "word"
+    assert pop.groups_of([e], cfg) == [] and gradients(llm, [e], cfg) == []  # and the update goes on without
 
 
 def test_of_tied_answers_dpo_takes_the_pair_closest_in_length(llm):
     e = group(llm, [0.9, 0.1, 0.9, 0.5, 0.1, 0.9])
-    for answer, words in zip(e.answers, [60, 10, 25, 30, 29, 40], strict=True):
+    for answer, words in zip(e.answers, [260, 10, 125, 130, 225, 140], strict=True):
         answer.text = "word " * words
-    pair = pop.trained_on(e, replace(UPDATE, loss="dpo", dpo_words_apart=4))
-    assert pair == [e.answers[2], e.answers[4]]
-    assert pop.trained_on(e, replace(UPDATE, loss="dpo", dpo_words_apart=3)) == []
+    cfg = replace(UPDATE, loss="dpo")
+    assert pop.trained_on(e, cfg) == [e.answers[0], e.answers[4]]
+    e.answers[0].text = "word " * 400
+    assert pop.trained_on(e, cfg) == [e.answers[5], e.answers[4]]
 
 
 def test_extremes_train_on_the_best_and_worst_answers(llm):
     whole = group(llm, [0.5, 0.9, 0.1, 0.4, 0.6, 0.2])
-    (chosen,) = pop.samples_of([whole], replace(UPDATE, extremes=2))
-    assert [sample.completion for sample in chosen] == [whole.answers[i].ids for i in (1, 2, 4, 5)]
-    assert pop.samples_of([whole], replace(UPDATE, extremes=3)) == pop.samples_of([whole], UPDATE)
+    (chosen,) = pop.groups_of([whole], replace(UPDATE, extremes=2))
+    assert chosen.answers == [whole.answers[i] for i in (1, 2, 4, 5)]
+    assert pop.groups_of([whole], replace(UPDATE, extremes=3)) == pop.groups_of([whole], UPDATE)
 
 
 def test_the_advantages_of_extremes_are_around_the_mean_of_those_chosen(llm):
     e = group(llm, [0.0, 0.1, 0.2, 1.0, 1.0, 1.0])  # whose own mean is 0.55, that of the best and the worst two 0.525
-    (chosen,) = pop.samples_of([e], replace(UPDATE, extremes=2))
-    assert [sample.advantage for sample in chosen] == pytest.approx([-0.525, -0.425, 0.475, 0.475])
-    (one,) = pop.samples_of([group(llm, [0.0, 0.1, 1.0])], replace(UPDATE, extremes=1))
-    assert [sample.advantage for sample in one] == pytest.approx([-0.5, 0.5])
+    (chosen,) = pop.groups_of([e], replace(UPDATE, extremes=2))
+    assert chosen.advantages == pytest.approx([-0.525, -0.425, 0.475, 0.475])
+    (one,) = pop.groups_of([group(llm, [0.0, 0.1, 1.0])], replace(UPDATE, extremes=1))
+    assert one.advantages == pytest.approx([-0.5, 0.5])
 
 
 # --------------------------------------------------------------------------------------------------- replay
@@ -401,10 +401,10 @@ def test_a_rubric_of_another_way_of_writing_is_written_anew_for_the_replayed_pro
 
 
 def test_a_replay_goes_through_the_episodes_with_a_rubric_over_and_over(recorded):
-    documents = iter(replay.recording(Config(episodes=recorded)))
+    documents = iter(sources.recording(Config(episodes=recorded)))
     batch = [next(documents) for _ in range(5)]
     assert [document.id for document in batch] == ["tides", "other", "tides", "tides", "other"]
-    problems = [e.problem for e in replay.replayed(batch, Config(episodes=recorded))]
+    problems = [e.problem for e in sources.replayed(batch, Config(episodes=recorded))]
     assert problems == [PROBLEM, "Why?", "Another problem?", PROBLEM, "Why?"]
 
 
@@ -434,7 +434,7 @@ ARMS = [
     {"check_rubric": True},
     {"roles": "policy"},
     {"reward": "random"},
-    {"guards": False},
+    {"skip_guards": ("all",)},
     {"skip_guards": ("judge_addressing",)},
     {"loss": "dpo"},
     {"extremes": 1},
@@ -459,8 +459,8 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
 
 def test_a_replay_of_held_out_documents_alone_is_refused(recorded):
     held_out = [Episode(DOCUMENT), Episode(Document("other", "Another document."))]
-    assert replay.source("the corpus", Config(), held_out) == "the corpus"
+    assert sources.source("the corpus", Config(), held_out) == "the corpus"
     cfg = Config(episodes=recorded)
-    assert replay.source("the corpus", cfg, held_out[:1]) is replay.recording(cfg)
+    assert sources.source("the corpus", cfg, held_out[:1]) is sources.recording(cfg)
     with pytest.raises(UserError, match="all its documents are held out in this run"):
-        replay.source("the corpus", Config(episodes=recorded), held_out)
+        sources.source("the corpus", Config(episodes=recorded), held_out)

@@ -1,6 +1,5 @@
 """Injected faults: each ends as it should, and nothing is lost."""
 
-import dataclasses
 import errno
 import gc
 import json
@@ -17,7 +16,6 @@ import training
 from conftest import tiny_llm
 from test_pop import group
 
-import data
 import pop
 from data import Document, UserError
 from engine import checkpoint, fast, memory, runlog, signals
@@ -242,7 +240,7 @@ def test_an_update_that_ran_out_of_memory_trains_as_if_it_had_not(monkeypatch, u
         llm = tiny_llm()
         cfg = replace(pop.Config(), updates_per_batch=updates, lr=0.01, warmup_steps=0, kl_coef=0.1, update_tokens=60)
         episodes = [group(llm, [1.0, 0.0, 0.5, 0.2], seed=s, prompt="Why" + "?" * s) for s in range(2)]
-        optimizer, scheduler = pop.make_optimizer(llm, cfg)
+        state = pop.new_state(llm, cfg)
         real, calls = llm.logps, iter(range(1000))
 
         def logps(*args, real=real, calls=calls, fail=fail):
@@ -252,9 +250,8 @@ def test_an_update_that_ran_out_of_memory_trains_as_if_it_had_not(monkeypatch, u
             return result
 
         monkeypatch.setattr(llm, "logps", logps)
-        progress = pop.new_progress(cfg)
-        values = pop.update(llm, optimizer, scheduler, episodes, cfg, progress)
-        assert (progress["budgets"]["update"] < 60) == fail
+        values = pop.update(llm, state, episodes, cfg)
+        assert (state.progress["budgets"]["update"] < 60) == fail
         trained.append((values, [p.detach().clone() for p in pop.trainable(llm)]))
     assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-4, abs=1e-6)
     for a, b in zip(trained[0][1], trained[1][1], strict=True):
@@ -331,22 +328,21 @@ def test_an_update_without_a_finite_loss_is_skipped_and_counted(played, tmp_path
 
 def test_a_skipped_update_leaves_weights_optimizer_and_schedule_alone(llm, monkeypatch):
     cfg = replace(pop.Config(), lr=0.1, warmup_steps=5)
-    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    state = pop.new_state(llm, cfg)
     poison(monkeypatch, {0})
     before = [p.detach().clone() for p in pop.trainable(llm)]
-    progress = pop.new_progress(cfg)
-    pop.update(llm, optimizer, scheduler, [group(llm, [1.0, 0.0])], cfg, progress)
+    pop.update(llm, state, [group(llm, [1.0, 0.0])], cfg)
     assert all(torch.equal(a, b) for a, b in zip(before, pop.trainable(llm), strict=True))
-    assert (len(optimizer.state), scheduler.last_epoch, progress["nonfinite"]) == (0, 0, 1)
-    pop.update(llm, optimizer, scheduler, [group(llm, [1.0, 0.0])], cfg, progress)
-    assert (scheduler.last_epoch, progress["nonfinite"]) == (1, 0)
+    assert (len(state.optimizer.state), state.scheduler.last_epoch, state.progress["nonfinite"]) == (0, 0, 1)
+    pop.update(llm, state, [group(llm, [1.0, 0.0])], cfg)
+    assert (state.scheduler.last_epoch, state.progress["nonfinite"]) == (1, 0)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(llm):
     cfg = pop.Config()
-    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    state = pop.new_state(llm, cfg)
     pop.trainable(llm)[0].register_hook(lambda grad: grad * float("inf"))
-    assert pop.update(llm, optimizer, scheduler, [group(llm, [1.0, 0.0])], cfg)["skipped_updates"] == 1
+    assert pop.update(llm, state, [group(llm, [1.0, 0.0])], cfg)["skipped_updates"] == 1
 
 
 def test_three_skipped_updates_in_a_row_stop_the_run_with_the_episodes_at_hand(played, tmp_path, monkeypatch):
@@ -386,8 +382,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_is_whole(played, tmp_
 def test_the_systems_own_refusal_to_write_a_tensor_file_is_a_clear_error(tmp_path):
     """A limit on the size of files, set in the kernel: safetensors reports it in its own way."""
     llm = tiny_llm()
-    optimizer, scheduler = pop.make_optimizer(llm, pop.Config())
-    state = checkpoint.State(llm, optimizer, scheduler, random.Random(0), pop.new_progress(pop.Config()))
+    state = pop.new_state(llm, pop.Config())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
@@ -443,7 +438,7 @@ def test_yields_are_shares_of_what_came_to_each_role():
 
 
 def test_low_yields_count_only_in_a_row():
-    cfg, progress = pop.Config(), pop.new_progress(pop.Config())
+    cfg, progress = pop.Config(), {"low_yield": {}, "nonfinite": 0}
     bad = [Episode(Document("", ""), failures=[{"role": "proposer", "reason": "r", "raw": "x"}], drop="proposer/r")]
     good = [Episode(Document("", ""), answers=[Answer("")])]
     stops = [runlog.trouble(episodes, cfg, progress) for episodes in (bad, bad, good, bad, bad, bad)]
@@ -473,18 +468,18 @@ def test_a_file_that_becomes_unreadable_in_mid_stream_is_skipped_and_counted(pla
 
 
 def test_a_lost_connection_ends_the_run_resumably(played, tmp_path, monkeypatch, capsys):
-    real = pop.faults.documents_from
+    real = pop.documents_from
 
     def breaking(*args):
         documents = real(*args)
         yield from (next(documents) for _ in range(3))
         raise pop.Unreachable("cannot read 'org/name' from the hub (reset by peer)")
 
-    monkeypatch.setattr(data, "documents_from", breaking)
+    monkeypatch.setattr(pop, "documents_from", breaking)
     assert pop.main(played()) == signals.RESUMABLE
     assert "reset by peer): the run is saved and resumable with: python pop.py --resume" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run").name == "step-000001"
-    monkeypatch.setattr(data, "documents_from", real)
+    monkeypatch.setattr(pop, "documents_from", real)
     assert pop.main(["--resume", str(tmp_path / "run")]) == 0
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
 
@@ -544,10 +539,5 @@ def test_handlers_are_given_back():
 
 
 def test_progress_is_plain_json():
-    progress = pop.new_progress(pop.Config())
+    progress = pop.new_state(tiny_llm(), pop.Config()).progress
     assert json.loads(json.dumps(progress)) == progress
-
-
-def test_an_episode_is_restored_field_by_field():
-    """rollout() restores vars(episode): that is the whole record only while Episode has no slots."""
-    assert set(vars(Episode(Document("", "")))) == {f.name for f in dataclasses.fields(Episode)}

@@ -15,12 +15,11 @@ import torch
 from conftest import tiny_llm
 
 import config
-import data
 import eval as evaluation
 import pop
 import rubric
 from data import SAMPLES, Corpus, Document, UserError
-from engine import audit, guards, heldout, stats
+from engine import audit, guards, heldout, runlog, sources, stats
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -94,7 +93,7 @@ def test_at_most_half_of_a_small_corpus_is_set_aside(corpus):
 
 def test_held_out_documents_come_in_no_epoch(corpus):
     held_out = heldout.set_aside(corpus, 3, CFG)
-    rest = list(islice(data.without(corpus, [Episode(d) for d in held_out]), 21))  # three epochs of seven
+    rest = list(islice(sources.without(corpus, [Episode(d) for d in held_out]), 21))  # three epochs of seven
     assert not {d.id for d in held_out} & {d.id for d in rest}
     assert len({d.id for d in rest}) == 7
 
@@ -137,7 +136,7 @@ def only_lucca(e: Episode, text: str) -> float:
 @pytest.mark.parametrize(("preset", "kept"), [("24gb", ["Lucca"]), ("demo", ["Ghent", "Lucca", "Tartu"])])
 def test_the_set_keeps_rubrics_that_tell_good_from_bad_where_the_preset_tries_them(tried, preset, kept):
     episodes = tried(only_lucca, preset=preset)
-    assert [e.document.id for e in heldout.alive(episodes)] == kept
+    assert [e.document.id for e in pop.alive(episodes)] == kept
 
 
 def test_what_rubrics_were_tried_on_is_no_part_of_the_set(tried):
@@ -159,8 +158,8 @@ def test_the_set_is_written_once_and_read_back_the_same(open_gates, corpus, llm,
 
 def test_dropped_documents_stay_set_aside(corpus, llm, tmp_path):
     episodes = heldout.prepare(llm, corpus, CFG, tmp_path)  # the gates are shut: noise gives no problem
-    assert len(episodes) == 4 and heldout.alive(episodes) == []
-    assert len({d.id for d in islice(data.without(corpus, episodes), 12)}) == 6
+    assert len(episodes) == 4 and pop.alive(episodes) == []
+    assert len({d.id for d in islice(sources.without(corpus, episodes), 12)}) == 6
 
 
 def test_no_held_out_set_is_made_when_nothing_needs_it(corpus, tmp_path):
@@ -176,32 +175,6 @@ def test_set_audit_and_watch_leave_every_rng_as_it_was(open_gates, corpus, llm, 
     audit.audit_before_training(llm, episodes, replace(CFG, judge="generate"), tmp_path)
     heldout.watch(llm, episodes, CFG, tmp_path, 1, {})
     assert (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())) == before
-
-
-def test_all_that_the_model_does_here_is_done_in_phases(open_gates, corpus, llm, tmp_path, monkeypatch):
-    """A phase is what is tried again where memory runs out."""
-    active, done = [], []
-
-    def phase(name, work, episodes=()):
-        active.append(name)
-        done.append(name)
-        result = work()
-        active.pop()
-        return result
-
-    def only_within(name, real):
-        def checked(*args, **options):
-            assert active, f"{name} outside of a phase"
-            return real(*args, **options)
-
-        return checked
-
-    for name in ("generate", "choice_probs"):
-        monkeypatch.setattr(llm, name, only_within(name, getattr(llm, name)))
-    episodes = heldout.prepare(llm, corpus, CFG, tmp_path, phase)
-    audit.audit_before_training(llm, episodes, CFG, tmp_path, phase)
-    heldout.watch(llm, episodes, CFG, tmp_path, 1, {}, phase)
-    assert done == ["propose", "solve", "rubric", "solve", "judge", "solve", "judge"]
 
 
 # ------------------------------------------------------------------------------------------------- the probes
@@ -618,7 +591,7 @@ def run(open_gates, monkeypatch, tmp_path):
     """Run pop.py with the tiny model and flags; returns the run folder."""
     monkeypatch.setattr(pop, "load", lambda *_, **__: tiny_llm())
     short = ["--preset", "demo", "--steps", "2", "--documents", "2", "--group-size", "2", "--max-new-tokens", "16"]
-    brief = ["--tries", "3", "--tries-at-once", "1", "--problem-tokens", "48", "--reference-tokens", "24"]
+    brief = ["--tries", "3", "--problem-tokens", "48", "--reference-tokens", "24"]
     always = [
         "--episodes",
         "",
@@ -650,7 +623,7 @@ def test_audit_and_watch_do_not_change_what_a_run_trains_on(run):
 def test_held_out_numbers_are_null_where_nothing_was_measured(run):
     metrics = lines(run("run", "--audit", "0", "--eval-every", "2", "--eval-documents", "2") / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2]  # 0: before training
-    assert [[m[name] is None for name in heldout.METRICS] for m in metrics] == [[False] * 3, [True] * 3, [False] * 3]
+    assert [[m[name] is None for name in runlog.HELDOUT] for m in metrics] == [[False] * 3, [True] * 3, [False] * 3]
 
 
 def test_a_run_never_trains_on_its_held_out_documents(run, corpus):

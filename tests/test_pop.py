@@ -19,7 +19,7 @@ from conftest import tiny_llm
 import config
 import pop
 from data import Document, UserError
-from engine import runlog
+from engine import checkpoint, runlog
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -42,12 +42,19 @@ def group(llm, rewards, seed=0, prompt="Why?", lengths=None) -> Episode:
 
 def gradients(llm, episodes, cfg) -> list[torch.Tensor]:
     """The gradient one update uses, caught where it would be clipped."""
-    optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.0)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    state = descending(llm, cfg, lr=0.0)
     caught: list[torch.Tensor] = []
-    optimizer.register_step_pre_hook(lambda *_: caught.extend(p.grad.clone() for p in pop.trainable(llm)))
-    pop.update(llm, optimizer, scheduler, episodes, replace(cfg, max_grad_norm=1e9))
+    state.optimizer.register_step_pre_hook(lambda *_: caught.extend(p.grad.clone() for p in pop.trainable(llm)))
+    pop.update(llm, state, episodes, replace(cfg, max_grad_norm=1e9))
     return caught
+
+
+def descending(llm, cfg, lr) -> pop.State:
+    """A run's state with plain gradient descent at a constant rate."""
+    state = pop.new_state(llm, cfg)
+    state.optimizer = torch.optim.SGD(pop.trainable(llm), lr=lr)
+    state.scheduler = torch.optim.lr_scheduler.ConstantLR(state.optimizer, 1.0)
+    return state
 
 
 # --------------------------------------------------------------------------------------------------- advantages
@@ -196,7 +203,7 @@ def test_update_equals_a_naive_float64_version(seed):
 def test_micro_batch_size_does_not_change_the_gradient(llm):
     episodes = [group(llm, [1.0, 0.0, 0.5, 0.2], seed=s, prompt="Why" + "?" * s) for s in range(3)]
     one_by_one, all_at_once = (gradients(llm, episodes, replace(CFG, update_tokens=n)) for n in (1, 100_000))
-    assert [len(pop.micro_batches(llm, pop.samples_of(episodes, pop.Config()), n)) for n in (1, 100_000)] == [12, 1]
+    assert [len(pop.micro_batches(llm, pop.groups_of(episodes, CFG), n, CFG)) for n in (1, 100_000)] == [12, 1]
     for a, b in zip(one_by_one, all_at_once, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
 
@@ -224,17 +231,17 @@ def test_end_token_is_trained_on_even_where_it_is_the_pad_token(llm):
 def test_several_updates_on_one_batch_leave_the_ratio_and_clip(llm):
     episode = group(llm, [1.0, 0.0, 1.0, 0.0], lengths=[6, 6, 6, 6])
     cfg = replace(CFG, updates_per_batch=4, lr=0.05, steps=1, warmup_steps=0)
-    optimizer, scheduler = pop.make_optimizer(llm, cfg)
-    assert pop.update(llm, optimizer, scheduler, [episode], cfg)["clipped"] > 0
+    state = pop.new_state(llm, cfg)
+    assert pop.update(llm, state, [episode], cfg)["clipped"] > 0
 
 
 def test_kl_is_zero_before_training_and_positive_after():
     llm = tiny_llm(trained=False)
     episode = group(llm, [1.0, 0.0, 1.0, 0.0])
     cfg = replace(CFG, lr=0.05, steps=2, warmup_steps=0)
-    optimizer, scheduler = pop.make_optimizer(llm, cfg)
-    first = pop.update(llm, optimizer, scheduler, [episode], cfg)["kl"]
-    second = pop.update(llm, optimizer, scheduler, [episode], cfg)["kl"]
+    state = pop.new_state(llm, cfg)
+    first = pop.update(llm, state, [episode], cfg)["kl"]
+    second = pop.update(llm, state, [episode], cfg)["kl"]
     assert first == pytest.approx(0.0, abs=1e-9) and second > 1e-6
 
 
@@ -251,7 +258,7 @@ def test_the_loop_learns_a_rewarded_behaviour():
     """A random model is rewarded for the share of vowels in its answers, under the trainer's own functions."""
     llm = tiny_llm(trained=False)
     cfg = replace(CFG, steps=40, lr=0.02, warmup_steps=2, max_new_tokens=12, group_size=16, kl_coef=0.0)
-    optimizer, scheduler = pop.make_optimizer(llm, cfg)
+    state = pop.new_state(llm, cfg)
     torch.manual_seed(0)
     rewards = []
     for _ in range(cfg.steps):
@@ -261,7 +268,7 @@ def test_the_loop_learns_a_rewarded_behaviour():
             answer.ratings = [2.0 * sum(chr(t) in "aeiou" for t in map(int_of(llm), answer.ids)) / len(answer.ids)]
         rewards.append(sum(a.ratings[0] / 2 for e in episodes for a in e.answers) / 32)
         pop.grade(episodes, replace(cfg, length_floor=1.0))
-        pop.update(llm, optimizer, scheduler, pop.alive(episodes), cfg)
+        pop.update(llm, state, pop.alive(episodes), cfg)
     before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
     assert before < 0.1 and after > 0.6, (before, after)
 
@@ -309,7 +316,7 @@ def test_a_run_leaves_config_metrics_episodes_and_an_adapter(played, tmp_path, c
 
 def test_an_oversampled_step_plays_more_documents_than_it_trains_on(played, tmp_path, monkeypatch, capsys):
     trained, real = [], pop.update
-    monkeypatch.setattr(pop, "update", lambda *given: trained.append([e.problem for e in given[3]]) or real(*given))
+    monkeypatch.setattr(pop, "update", lambda *given: trained.append([e.problem for e in given[2]]) or real(*given))
     run = tmp_path / "run"
     assert pop.main([*played, "--oversample", "1.7", "--min-yield", "1", "--output", str(run)]) == 0
     episodes = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
@@ -371,12 +378,12 @@ def test_an_unknown_flag_exits_with_an_error(capsys):
 def test_an_output_folder_with_a_run_in_it_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
-        pop.run_folder(replace(CFG, output=str(tmp_path)))
+        checkpoint.run_folder(replace(CFG, output=str(tmp_path)))
 
 
 def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):
     with pytest.raises(UserError, match="context is 8192"):
-        pop.check_context(llm, replace(CFG, max_words=5000))
+        pop.check_fits(llm, replace(CFG, max_words=5000))
 
 
 def card_of(monkeypatch, gib: float) -> None:

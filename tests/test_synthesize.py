@@ -12,7 +12,7 @@ from conftest import tiny_llm
 
 import pop
 from data import Document, UserError
-from engine import checkpoint, memory, replay, signals
+from engine import checkpoint, memory, signals, sources
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -120,7 +120,7 @@ def test_killed_it_goes_on_to_the_same_end(model, made, tmp_path, die_at):
     ("flags", "words"),
     [
         (["synthesize"], "give --documents-total N, at least 1"),
-        (["synthesize", "--documents-total", "-3"], "give --documents-total N, at least 1"),
+        (["synthesize", "--documents-total", "-3"], "--documents-total -3: must be at least 0"),
         (["synthesize", "--documents-total", "3", "--steps", "9"], "--steps 9: synthesize takes --documents-total"),
         (["synthesize", "--documents-total", "3", "--episodes", "x", "--replay", "answers"], "no --replay answers"),
         (["--documents-total", "3"], "--documents-total 3: is for synthesize"),
@@ -158,14 +158,12 @@ def test_recorded_answers_are_trained_on_once_and_nothing_is_generated(model, ma
 
 def test_dpo_on_recorded_answers_sets_the_best_of_a_group_against_its_worst(model, made, tmp_path, monkeypatch):
     no_one_speaks(monkeypatch)
-    pairs, real = [], pop.micro_batches
-    monkeypatch.setattr(
-        pop, "micro_batches", lambda llm, groups, budget: pairs.extend(groups) or real(llm, groups, budget)
-    )
+    pairs, real = [], pop.groups_of
+    monkeypatch.setattr(pop, "groups_of", lambda *given: pairs.extend(real(*given)) or real(*given))
     assert pop.main(replayed(model, tmp_path / "run", made, loss="dpo", updates_per_batch=1)) == 0
     ranked = [sorted(e["answers"], key=lambda a: a["reward"]) for e in training.lines(made / "episodes.jsonl")[:4]]
     assert all(len({a["reward"] for a in answers}) == 4 for answers in ranked)
-    assert [[s.completion for s in pair] for pair in pairs] == [[r[-1]["ids"], r[0]["ids"]] for r in ranked]
+    assert [[a.ids for a in pair.answers] for pair in pairs] == [[r[-1]["ids"], r[0]["ids"]] for r in ranked]
 
 
 @pytest.mark.parametrize("loss", ["dapo", "dpo"])
@@ -213,14 +211,14 @@ def test_groups_that_came_as_far_as_grades_are_replayed_with_their_rated_answers
     spread, more = episode("group/zero spread", prompt="spread"), episode("group/oversampled", prompt="more")
     lost = [episode("judge/unreadable ratings"), episode("rubric/no fact", answers=0), episode(answers=0)]
     cfg = written(tmp_path / "e.jsonl", unrated, misfit, alone, spread, *lost, more)
-    found = replay.replayed([e.document for e in replay.recording(cfg).episodes.values()], cfg)
+    found = sources.replayed([e.document for e in sources.recording(cfg).episodes.values()], cfg)
     assert [(e.problem, len(e.answers)) for e in found] == [("unrated", 2), ("spread", 3), ("more", 3)]
     assert all(e.drop is None and e.failures == [] for e in found)
 
 
 def test_rewards_of_recorded_answers_are_computed_anew(tmp_path):
     cfg = written(tmp_path / "e.jsonl", episode(), episode())
-    recorded = next(iter(replay.recording(cfg).episodes.values()))
+    recorded = next(iter(sources.recording(cfg).episodes.values()))
 
     def rewards(cfg):
         before = asdict(recorded)
@@ -248,13 +246,13 @@ def test_flags_go_before_the_defaults_of_a_replay_of_answers(tmp_path):
 def test_a_file_without_a_group_to_train_on_is_an_error_that_names_it(tmp_path):
     cfg = written(tmp_path / "mine.jsonl", episode(answers=1))
     with pytest.raises(UserError, match=r"--episodes .*mine.jsonl: no episode there has two rated answers"):
-        replay.recording(cfg)
+        sources.recording(cfg)
 
 
 @pytest.mark.parametrize("harm", ["an id too large", "an id below 0", "a prompt's id", "another text"])
 def test_answers_of_another_tokenizer_are_refused_in_one_line(llm, tmp_path, harm):
     good, bad = episode(), episode()
-    replay.check_tokens(llm, written(tmp_path / "good.jsonl", good))
+    sources.check_tokens(llm, written(tmp_path / "good.jsonl", good))
     size = llm.model.get_input_embeddings().num_embeddings
     if harm == "another text":
         bad.answers[0].text = "It is another text."
@@ -262,17 +260,17 @@ def test_answers_of_another_tokenizer_are_refused_in_one_line(llm, tmp_path, har
         ids = bad.prompt_ids if harm == "a prompt's id" else bad.answers[2].ids
         ids[3] = -1 if harm == "an id below 0" else size
     with pytest.raises(UserError, match="another model's tokenizer") as caught:
-        replay.check_tokens(llm, written(tmp_path / "bad.jsonl", bad))
+        sources.check_tokens(llm, written(tmp_path / "bad.jsonl", bad))
     assert "\n" not in str(caught.value)
 
 
 def test_a_recorded_answer_that_does_not_fit_the_context_is_refused(llm, tmp_path):
     e = episode()
     llm.model.config.max_position_embeddings = len(e.prompt_ids) + len(e.answers[1].ids)
-    replay.check_tokens(llm, written(tmp_path / "full.jsonl", e))
+    sources.check_tokens(llm, written(tmp_path / "full.jsonl", e))
     e.answers[1].ids.append(7)
     with pytest.raises(UserError, match=r"context is \d+"):
-        replay.check_tokens(llm, written(tmp_path / "long.jsonl", e))
+        sources.check_tokens(llm, written(tmp_path / "long.jsonl", e))
 
 
 def test_the_plan_and_the_rehearsal_leave_out_what_is_not_done(tmp_path, monkeypatch):
