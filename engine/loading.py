@@ -93,7 +93,7 @@ def check_hub(source: str) -> None:
 
 
 def pick_device() -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype to compute in: bf16 on a GPU that has it, not in emulation, which is slower than fp32."""
+    """The device and the dtype to compute in: bf16 on a GPU that has more than an emulation of it, slower than fp32."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)

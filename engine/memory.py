@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from config import FACTS_TOKENS, Config
 from data import UserError
-from engine import fast, prefill
+from engine import fast
 from engine.crutches import TRIES_AT_ONCE
+from engine.prefill import prefill
 
 T = TypeVar("T")
 Device = Literal["cuda", "cpu"]
@@ -223,7 +224,7 @@ def rehearse_rollout(llm: Any, batch: Batch) -> None:
     # there padding.
     rows = [[llm.pad_id, i % 2**15] + [llm.pad_id] * (prompt - 2 - (i == 0)) for i in range(batch.prompts)]
     with llm.inference(), few_layers(llm):
-        ids, mask, cache = prefill.prefill(llm, [row for row in rows for _ in range(batch.n)], batch.new)
+        ids, mask, cache = prefill(llm, [row for row in rows for _ in range(batch.n)], batch.new)
         if not batch.new:
             return
         for layer in cache.layers:
