@@ -89,7 +89,7 @@ def settle(args: argparse.Namespace) -> list[Adapter]:
     args.config = pop.Config(**{**settings, "preset": preset})
     args.model, args.load_in = args.config.model, args.config.load_in
     for adapter in adapters:
-        if Path(adapter.base).name != Path(model.resolve(args.model)).name:
+        if Path(adapter.base).name != Path(loading.resolve(args.model)).name:
             raise UserError(f"adapter {adapter.folder} was trained on {adapter.base}, not on --model {args.model}")
     return adapters
 

@@ -309,20 +309,10 @@ class LLM:
             filler = [TemplateFiller(self, [templates[i] for i in batch])] if templates else []
             with self.inference():
                 ids, mask, cache = prefill(self, [rows[i] for i in batch], max_new_tokens)
-                output = fast.decode(
-                    self.model,
-                    ids,
-                    mask,
-                    cache,
-                    new=max_new_tokens,
-                    ends=self.eos_ids,
-                    pad_id=self.pad_id,
-                    dtype=self.dtype,
-                    temperature=temperature,
-                    processors=[*watcher, *filler],  # the watcher sees the model's own logits
-                    progress=bar.update,
-                    cuda_graph=self.cuda_graph,
-                )
+                how = dict(temperature=temperature, progress=bar.update)
+                # The watcher comes first and sees the model's own logits.
+                processors = [*watcher, *filler]
+                output = fast.decode(self, ids, mask, cache, max_new_tokens, self.eos_ids, processors=processors, **how)
             watched = watcher[0].probs() if watcher else [[]] * len(batch)
             done.update(zip(batch, map(self._cut, output.tolist(), watched), strict=True))
 

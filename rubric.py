@@ -26,7 +26,7 @@ from config import FACTS_TOKENS, Config
 from data import Answer, Criterion, Document, Episode, alive
 from engine import crutches, guards
 from engine.examples import EXAMPLES
-from engine.forms import Field, room
+from engine.constrained import Field, room
 from engine.text import (
     content_words,
     final_answer,
@@ -352,7 +352,7 @@ def write_problems(
             n=n,
             max_new_tokens=FACTS_TOKENS + cfg.problem_tokens,
             temperature=cfg.proposer_temperature,
-            forms=[crutches.problem_form(cfg, rng) for _ in range(n * len(prompts))] if cfg.crutches else None,
+            templates=[crutches.problem_form(cfg, rng) for _ in range(n * len(prompts))] if cfg.crutches else None,
             desc="propose",
         )
     problems = []
@@ -377,7 +377,7 @@ def write_references(llm: LLM, problems: Sequence[tuple[Episode, str]], cfg: Con
             [llm.encode("", known(e.document.text, cfg) + fill(asked, problem=problem)) for e, problem in problems],
             max_new_tokens=cfg.reference_tokens,
             temperature=cfg.proposer_temperature,
-            forms=[crutches.reference_form(problem, cfg) for _, problem in problems] if cfg.crutches else None,
+            templates=[crutches.reference_form(problem, cfg) for _, problem in problems] if cfg.crutches else None,
             desc="reference",
         )
     for (e, problem), (output,) in zip(problems, outputs, strict=True):
@@ -577,7 +577,7 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: Config, attempts: 
                 n=n,
                 max_new_tokens=longest,
                 temperature=temperature,
-                forms=forms,
+                templates=forms,
                 desc="rubric",
             )
         for e, group in zip(todo, outputs, strict=True):
@@ -851,7 +851,7 @@ def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature
         ],
         max_new_tokens=max(room(llm, form) for form in forms),
         temperature=temperature,
-        forms=forms,
+        templates=forms,
         watch=() if holistic else RATINGS,
         desc="judge",
     )

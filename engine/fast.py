@@ -354,46 +354,42 @@ def next_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, at: torch.Ten
 
 @torch.no_grad()
 def decode(
-    model: Any,
+    llm: Any,
     ids: torch.Tensor,
     mask: torch.Tensor,
     cache: Any,
-    *,
     new: int,
     ends: Sequence[int],
-    pad_id: int,
-    dtype: torch.dtype,
+    *,
     temperature: float = 0.0,
     processors: Sequence[Any] = (),
     progress: Callable[[int], Any] = lambda tokens: None,
-    cuda_graph: bool = False,
 ) -> torch.Tensor:
     """Prompts (B, P) -> the up to `new` tokens written after each, up to one of `ends` and then padded, (B, new).
 
     mask: (B, P), 0 on padding. The cache holds all but the last token of the prompts and has room for what comes. Once
-    a quarter of the rows is finished they leave the batch. dtype: of queries and keys. Tokens are sampled from
-    softmax(scores / temperature), at temperature 0 they are the likeliest; processors change or watch the scores,
-    given the last tokens (B, 1) and scores (B, V), and are told by keep(rows) which rows stay. progress: called with
-    the tokens of each step. cuda_graph: steps are FixedSteps where enough are left.
+    a quarter of the rows is finished they leave the batch. Tokens are sampled from softmax(scores / temperature), at
+    temperature 0 they are the likeliest. Processors change or watch the scores, given the last tokens (B, 1) and scores
+    (B, V), and are told by keep(rows) which rows stay. progress: called with the tokens of each step.
     """
     rows, prompt = ids.shape
-    output = ids.new_full((rows, new), pad_id)
+    output = ids.new_full((rows, new), llm.pad_id)
     last, at = ids[:, -1:], positions(mask)[:, -1:]
-    mask = decoding_mask(mask, new, dtype)  # (B, 1, 1, P + new)
+    mask = decoding_mask(mask, new, llm.dtype)  # (B, 1, 1, P + new)
     stop = torch.tensor(ends, device=ids.device)
     present = torch.arange(rows, device=ids.device)  # the rows still in the batch
     done = torch.zeros_like(present, dtype=torch.bool)
     step: FixedStep | None = None
     for length in range(prompt, prompt + new):
         # An empty cache, of prompts of one token, has no memory yet that a FixedStep could write to.
-        if cuda_graph and not step and prompt + new - length >= STEPS_WORTH_A_GRAPH and cache.get_seq_length():
-            step = FixedStep(model, cache, mask, length)
-        logits = step(last, at, length - 1) if step else next_logits(model, last, mask[..., :length], at, cache)
+        if llm.cuda_graph and not step and prompt + new - length >= STEPS_WORTH_A_GRAPH and cache.get_seq_length():
+            step = FixedStep(llm.model, cache, mask, length)
+        logits = step(last, at, length - 1) if step else next_logits(llm.model, last, mask[..., :length], at, cache)
         scores = logits.float()
         for processor in processors:
             scores = processor(last, scores)
         tokens = draw(scores / temperature) if temperature > 0 else scores.argmax(-1)
-        tokens = tokens.masked_fill(done, pad_id)
+        tokens = tokens.masked_fill(done, llm.pad_id)
         output[present, length - prompt] = tokens
         done |= torch.isin(tokens, stop)
         progress(len(present))

@@ -286,18 +286,7 @@ def layouts(llm: Any) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
 
     with llm.inference(dequantize=False):
         batch, mask, cache = prefill(llm, [row[:-steps] for row in rows], steps)
-        fast.decode(
-            llm.model,
-            batch,
-            mask,
-            cache,
-            new=steps,
-            ends=[-1],
-            pad_id=llm.pad_id,
-            dtype=llm.dtype,
-            processors=[force],
-            cuda_graph=llm.cuda_graph,
-        )
+        fast.decode(llm, batch, mask, cache, steps, [-1], processors=[force])
     for at, scores in enumerate(seen):
         expected = torch.stack([logits[at - steps - 1] for logits in plain])
         found.append((scores, expected, "give other logits after a cache than after the same text in one pass"))

@@ -149,13 +149,13 @@ def halved(what: str, rows: int, longest: int, budget: int) -> int:
     return budget
 
 
-def without_copy(llm: Any, what: str) -> bool:
-    """Give up the dequantized copy of the weights for good, if there is one."""
+def make_smaller(llm: Any, what: str, rows: int, longest: int) -> None:
+    """After a rollout's batch did not fit: no dequantized copy of the weights or, without one, half the budget."""
     if llm.dequantize:
         llm.dequantize = False
         tqdm.write(f"out of memory in {what}: from now on without a dequantized copy of the weights")
-        return True
-    return False
+    else:
+        llm.token_budget = halved(what, rows, longest, llm.token_budget)
 
 
 def in_batches(
@@ -171,8 +171,9 @@ def in_batches(
     def smaller() -> None:
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
-        if not without_copy(llm, what):
-            llm.token_budget = halved(what, len(plan[0]), max(lengths[i] for i in plan[0]), llm.token_budget)
+        before = llm.token_budget
+        make_smaller(llm, what, len(plan[0]), max(lengths[i] for i in plan[0]))
+        if llm.token_budget < before:
             left = {i for batch in plan for i in batch}
             still = [[i for i in group if i in left] for group in groups]
             plan[:] = fast.batches([group for group in still if group], lengths, llm.token_budget)
@@ -198,19 +199,17 @@ def rehearse(llm: Any, cfg: Config, update_tokens: int) -> int:
     def largest(role: str) -> Batch:
         return work_of(replace(cfg, rollout_tokens=llm.token_budget, update_tokens=update_tokens), llm.kind)[role]
 
-    def attempt(role: str) -> None:
-        (rehearse_update if role == "update" else rehearse_rollout)(llm, largest(role))
-
     def smaller(role: str) -> None:
         nonlocal update_tokens
         batch = largest(role)
         if role == "update":
             update_tokens = halved(role, batch.rows, batch.prompt // batch.n + batch.new, update_tokens)
-        elif not without_copy(llm, role):
-            llm.token_budget = halved(role, batch.rows, batch.prompt + batch.new, llm.token_budget)
+        else:
+            make_smaller(llm, role, batch.rows, batch.prompt + batch.new)
 
     for role in in_use(cfg):
-        within_memory(lambda role=role: attempt(role), lambda role=role: smaller(role))  # type: ignore[misc]
+        run = rehearse_update if role == "update" else rehearse_rollout
+        within_memory(lambda run=run, role=role: run(llm, largest(role)), lambda role=role: smaller(role))  # type: ignore
     torch.cuda.empty_cache()
     print(f"the longest batch of each phase fits in memory ({time.perf_counter() - start:.0f} s)")
     return update_tokens

@@ -260,7 +260,7 @@ class Ours:
                 for c in g.rubric
             ]
             tokens = pairs = 0.0
-            for members, common in fast.shared_beginnings(rows):
+            for members, common in fast.shared_prefixes(rows):
                 rest = [len(rows[i]) - common for i in members]
                 tokens += common + sum(rest)
                 pairs += common**2 / 2 + sum(n * common + n**2 / 2 for n in rest)

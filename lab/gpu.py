@@ -130,8 +130,8 @@ def tidy() -> None:
 def place(cap: float) -> tuple[torch.device, torch.dtype]:
     """Where to compute and in what: as model.load does, but in bf16 where a CPU rehearses for a card."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    device, dtype = model.pick_device()
-    model.use_expandable_segments()
+    device, dtype = loading.pick_device()
+    loading.use_expandable_segments()
     cap_memory(cap)
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny matrices: threads would wait for each other
@@ -178,7 +178,7 @@ def byte_tokenizer() -> Any:
 def text_tokenizer() -> Any:
     """SmolLM2's, if its package is here: its ids are below Qwen2.5's 152,064. Else bytes."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(model.resolve("smollm2"), padding_side="left")
+        return transformers.AutoTokenizer.from_pretrained(loading.resolve("smollm2"), padding_side="left")
     except UserError:
         return byte_tokenizer()
 
@@ -428,7 +428,7 @@ def decoding(s: Session) -> None:
             s.say(f"{way}: left out, as the card has no room for it", "said")
             continue
         cap_memory(0 if dequantize else s.cap)
-        llm.dequantize, llm.cuda_graph, llm.unpacked = dequantize, graph, None
+        llm.dequantize, llm.cuda_graph, llm._forwards = dequantize, graph, None
         for rows in (2, 4) if s.rehearse else (4, 32, 64):
             with s.alone(f"{way}, {rows} rows"):
                 decoding_step(s, llm, f"{way}, {rows} rows", rows)
@@ -437,14 +437,14 @@ def decoding(s: Session) -> None:
             first = first or tokens
             equal = [a == b for pair in zip(first, tokens, strict=True) for a, b in zip(*pair, strict=False)]
             s.note(f"{way}: share of greedy tokens as first written", statistics.fmean(equal))
-    llm.dequantize, llm.cuda_graph, llm.unpacked = False, False, None
+    llm.dequantize, llm.cuda_graph, llm._forwards = False, False, None
     cap_memory(s.cap)
 
 
 @torch.no_grad()
 def decoding_step(s: Session, llm: LLM, name: str, rows: int) -> None:
     """Prompts of 200 tokens with 500 behind them, in a cache with room for the 768 of the preset."""
-    with llm.held():
+    with llm.inference():
         step = stepper(llm, rows, *((20, 60, 30) if s.rehearse else (200, 768, 700)))
         step()
         second = milliseconds(step) / 1e3
@@ -463,7 +463,7 @@ def decoding_step(s: Session, llm: LLM, name: str, rows: int) -> None:
 
 def stepper(llm: LLM, rows: int, prompt: int, new: int, length: int) -> Callable[[], torch.Tensor]:
     """A decoding step at each call, as fast.decode takes it, beginning with `length` tokens in the cache."""
-    ids, mask, cache = llm._prefill([[1 + i // 8, *range(2, prompt + 1)] for i in range(rows)], new)
+    ids, mask, cache = prefill(llm, [[1 + i // 8, *range(2, prompt + 1)] for i in range(rows)], new)
     for layer in cache.layers:
         layer.set_length(length)  # zeros from the prompt's end on: they take as long to read as anything
     see = fast.decoding_mask(mask, new, llm.dtype)

@@ -22,8 +22,8 @@ from transformers import AutoConfig
 from config import FACTS_TOKENS, Config
 from data import UserError
 from engine.crutches import TRIES_AT_ONCE
-from engine.memory import LOGITS_CHUNK_BYTES, READ_TOKENS, TOKENS_PER_WORD, Batch, Device, in_use, work_of
-from model import check_hub, pick_device, resolve
+from engine.memory import LOGITS_CHUNK_BYTES, PREFILL_TOKENS, TOKENS_PER_WORD, Batch, Device, in_use, work_of
+from engine.loading import check_hub, pick_device, resolve
 
 GIB = 2**30
 # In memory beside the model. CUDA: its context and workspaces. CPU: imports 0.2, then tokenizer and threads.
@@ -179,7 +179,7 @@ def predict(
             result[role] = resident + 4 * lora + max(backward, 0 if trained else 8 * lora)
         else:
             held = held_bytes(shapes, dtype) if dequantize else weight
-            result[role] = resident + casts + held + reading_bytes(shapes, batch, dtype, READ_TOKENS[device])
+            result[role] = resident + casts + held + reading_bytes(shapes, batch, dtype, PREFILL_TOKENS[device])
     kept = {role: KEPT[device][role == "update"] for role in result}
     return {role: CONTEXT[device] + int(size * kept[role]) for role, size in result.items()}
 
@@ -206,9 +206,9 @@ def reading_bytes(shapes: Shapes, batch: Batch, dtype: int, chunk: int) -> int:
             return reading
         # The beginnings' cache; then rows with a copy of theirs, masked, which attention needs for every query head.
         shared = batch.prompt - batch.rest
-        first = min(batch.beginnings * shared, max(chunk, shared)) * (token + kv)
+        first = min(batch.prefixes * shared, max(chunk, shared)) * (token + kv)
         rest = batch.prompts * (batch.rest * token + batch.prompt * (kv + 2 * q * dtype + batch.rest * dtype))
-        return batch.beginnings * shared * kv + max(first, rest)
+        return batch.prefixes * shared * kv + max(first, rest)
     cache = batch.rows * (batch.prompt + batch.new) * kv
     logits = 5 * 4 * batch.rows * shapes.vocab  # fp32: logits, scores, probabilities; in fp64 their sums
     return cache + max(reading, logits)

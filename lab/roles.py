@@ -106,12 +106,12 @@ def compare(source: str, shapes: Shapes, args: argparse.Namespace) -> None:
 
     prompt, lengths = len(episode.prompt_ids), [len(answer.ids) for answer in episode.answers]
     judged = [llm.encode("", rubric.rate_prompt(PROBLEM, c, answer.text)) for answer in episode.answers for c in RUBRIC]
-    shared = fast.shared_beginnings(judged)
+    shared = fast.shared_prefixes(judged)
     rest = max(len(judged[i]) - common for members, common in shared for i in members)
     work = {
         "solve": Batch(1, prompt, max(lengths), cfg.group_size),
         "judge": Batch(
-            min(len(judged), max(1, llm.read_tokens // rest)), max(map(len, judged)), 0, 1, rest, len(shared)
+            min(len(judged), max(1, llm.prefill_tokens // rest)), max(map(len, judged)), 0, 1, rest, len(shared)
         ),
         "update": Batch(1, prompt, round(statistics.fmean(lengths)), cfg.group_size),
     }
@@ -149,7 +149,7 @@ def write_checkpoint(folder: Path, shapes: Shapes) -> None:
         tie_word_embeddings=shapes.tied,
     )
     config.save_pretrained(folder)
-    tokenizer = Path(model.resolve("smollm2"))  # any will do: the ids past its vocabulary decode to nothing
+    tokenizer = Path(loading.resolve("smollm2"))  # any will do: the ids past its vocabulary decode to nothing
     for file in [*tokenizer.glob("*token*"), *tokenizer.glob("*.jinja"), *tokenizer.glob("*merges*")]:
         shutil.copy(file, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "pad_token_id": 2}))

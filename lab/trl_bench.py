@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 import rubric
 from config import PRESETS, Config
 from engine.fast import batches, positions
-from engine.forms import FormFiller, room
+from engine.constrained import TemplateFiller, room
 from lab.bench import Group, Meter, Replay, Work, groups_of
 from model import LLM, resolve
 
@@ -91,7 +91,7 @@ class Judge:
         ratings: list[list[float] | None] = [None] * len(pairs)
         for indices in self.batches([len(row) + new for row in rows]):
             ids, mask = llm.pad([rows[i] for i in indices], side="left")
-            forms = FormFiller(llm, [filled[i] for i in indices])
+            forms = TemplateFiller(llm, [filled[i] for i in indices])
             output = llm.model.generate(
                 input_ids=ids,
                 attention_mask=mask,

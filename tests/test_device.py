@@ -233,7 +233,7 @@ def test_a_decoding_step_costs_the_same_for_any_number_of_rows(forms, cuda_graph
 
 
 def test_to_watch_replies_takes_one_more_kernel_a_step_and_no_waiting():
-    usual, watching = (step_of(4, templates=False, cuda_graph=False, watch=watch) for watch in ((), ("0", "1", "2")))
+    usual, watching = (step_of(4, forms=False, cuda_graph=False, watch=watch) for watch in ((), ("0", "1", "2")))
     assert watching["syncs"] == usual["syncs"] and watching["uploads"] == usual["uploads"]
     assert watching["launches"] - usual["launches"] == Counter({"index_select": 1})
 

@@ -274,8 +274,8 @@ def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm, cuda_g
 
     def written(prompts, stops):
         ids, mask, cache = prefill(llm, prompts, 12)
-        options = dict(new=12, ends=[END], pad_id=END, dtype=torch.float32, cuda_graph=cuda_graph)
-        output = fast.decode(llm.model, ids, mask, cache, processors=[Stop(stops)], **options)
+        llm.cuda_graph = cuda_graph
+        output = fast.decode(llm, ids, mask, cache, 12, [END], processors=[Stop(stops)])
         return [row[:stop].tolist() for row, stop in zip(output, stops, strict=True)]
 
     together = written(PROMPTS, stops)

@@ -138,7 +138,9 @@ def test_a_batch_that_does_not_fit_gives_what_a_small_budget_from_the_start_give
 def test_batches_before_one_that_does_not_fit_are_not_done_again(limit):
     llm = tiny_llm(token_budget=120)
     tried = limit(1)
-    llm.generate([[letter] * n for letter, n in zip(b"abcd", (60, 20, 20, 5))], max_new_tokens=10, temperature=0)
+    llm.generate(
+        [[letter] * n for letter, n in zip(b"abcd", (60, 20, 20, 5), strict=True)], max_new_tokens=10, temperature=0
+    )
     assert tried == [1, 3, 1, 1, 1] and llm.token_budget == 45  # half of 3 rows of 30 tokens
 
 

@@ -176,7 +176,7 @@ def test_the_logits_judge_holds_the_beginnings_of_one_batch_at_a_time():
     cfg = replace(config_of("24gb"), judge="logits", documents=2, oversample=1.0)
     few, many = (work_of(replace(cfg, documents=n))["judge"] for n in (2, 200))
     # 49,152 tokens are 21 rows of 450 + 512 + 250 + 1,024, or 2 groups of 8 answers that begin alike.
-    assert few == many and (many.prompt, many.beginnings, many.rest) == (2_236, 2, 1_024 + plan.QUESTION)
+    assert few == many and (many.prompt, many.prefixes, many.rest) == (2_236, 2, 1_024 + plan.QUESTION)
     # In 5,000 there is room for two rows: a group is read in four pieces, its beginning in each.
     small, large = (plan.tokens_of(replace(cfg, rollout_tokens=n))["judge"][0] for n in (5_000, 49_152))
     assert small - large == 3 * 2 * 5 * (many.prompt - many.rest)
@@ -214,7 +214,7 @@ def test_prompts_are_read_in_chunks_so_that_more_documents_cost_only_their_cache
     cfg = config_of("24gb")
     batch = Batch(prompts=40, prompt=1_000, new=100)
     twice = replace(batch, prompts=80)
-    assert (cfg.rollout_tokens, plan.READ_TOKENS["cuda"]) == (49_152, 8_192)
+    assert (cfg.rollout_tokens, plan.PREFILL_TOKENS["cuda"]) == (49_152, 8_192)
     more = plan.reading_bytes(QWEN_7B, twice, 2, 8_192) - plan.reading_bytes(QWEN_7B, batch, 2, 8_192)
     assert more == 40 * 1_100 * QWEN_7B.kv_bytes(2)
 
