@@ -371,7 +371,7 @@ def decode(
     mask: (B, P), 0 on padding. The cache holds all but the last token of the prompts and has room for what comes. Once
     a quarter of the rows is finished they leave the batch. sample: tokens are drawn from softmax(scores), else they are
     the likeliest. Processors change or watch the scores, given the last tokens (B, 1) and scores (B, V), and are told
-    by keep(rows) which rows stay. progress: called with the tokens of each step.
+    by keep(rows), if they have it, which rows stay. progress: called with the tokens of each step.
     """
     rows, prompt = ids.shape
     output = ids.new_full((rows, new), llm.pad_id)
@@ -405,7 +405,8 @@ def decode(
             cache = reserve(cache, left, prompt + new)
             present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
             for processor in processors:
-                processor.keep(left.tolist())
+                if hasattr(processor, "keep"):
+                    processor.keep(left.tolist())
         last, at = tokens[:, None], at + 1
     return output
 
