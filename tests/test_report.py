@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 import training
 
+import config
 import pop
 from data import UserError
+from engine import signals
+from engine.audit import verdict, warnings
 from lab import curves, report
 
 CHROMIUM = shutil.which("chromium")
 try:
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import sync_playwright
 except ImportError:
     sync_playwright = None
 needs_browser = pytest.mark.skipif(
@@ -58,12 +62,13 @@ def probe(name, exploitable):
 
 
 def audit(*probes):
-    return {"judge": "logits", "documents": ["a", "b"], "probes": [probe("empty", False), *probes]}
+    usual = [probe(name, False) for name in ("sampled answer", "reference", "another's reference", "empty")]
+    return {"judge": "logits", "documents": ["a", "b"], "probes": [*usual, *probes]}
 
 
-def make_run(folder, steps=(), said=(), audit=None, **config):
+def make_run(folder, steps=(), said=(), audit=None, **settings):
     folder.mkdir(parents=True)
-    cfg = asdict(pop.Config(**{**config.PRESETS["demo"], "preset": "demo", **config}))
+    cfg = asdict(config.Config(**{**config.PRESETS["demo"], "preset": "demo", **settings}))
     (folder / "config.json").write_text(json.dumps(cfg))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
     (folder / "episodes.jsonl").write_text("".join(json.dumps(e) + "\n" for e in said))
@@ -83,12 +88,12 @@ def run(tmp_path):
 def page_of(*runs):
     """The page without curves: to draw them takes most of the time, and they are tested by themselves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plots", lambda runs: [])
+        patch.setattr(report, "plots", lambda runs: {})
         return report.write(runs, runs[0].parent / "page.html").read_text(encoding="utf-8")
 
 
 def words_of(run, heading):
-    return report.facts(report.read_run(run))[heading]
+    return report.facts(report.Run(run))[heading]
 
 
 # ------------------------------------------------------------------------------------------------------ in words
@@ -100,13 +105,12 @@ def words_of(run, heading):
         ("Model", ["smollm2, 4bit"]),
         ("Documents", ["samples, task instructions"]),
         ("Preset", ["demo", "lr 0.0003 instead of 0.0001"]),
-        ("Steps", ["2 done of 4 planned"]),
-        ("Reward", ["0.250 in the first step, 0.500 in the last"]),
+        ("Steps", ["2 done of 4 planned, 250 tokens trained on"]),
+        ("Reward", ["0.250 in the first 1 of 2 steps, 0.500 in the last 1"]),
         ("Best step", ["none: nothing was measured on held-out documents"]),
-        ("Audit", ["nothing was found that the reward can be had by (logits judge, 2 held-out documents)"]),
-        ("Groups", ["4 played, 1 dropped", "1 proposer/unfinished"]),
-        ("Tokens", ["250 trained on, 60 in answers written down"]),
-        ("Time", ["0:04:00 h in steps: solve 25%, update 75%"]),
+        ("Audit", verdict(audit())),
+        ("Groups", ["4 played", "1 dropped: proposer/unfinished"]),
+        ("Time", ["0:04:00 h in steps", "25% solve", "75% update"]),
         ("Files", ["all there, all whole"]),
     ],
 )
@@ -125,19 +129,20 @@ def test_the_corpus_of_the_task_is_named_where_none_was_given(tmp_path):
 
 def test_of_many_steps_the_reward_is_of_the_first_and_the_last_tenth(tmp_path):
     run = make_run(tmp_path / "run", [metrics(s, reward_mean=s / 100) for s in range(1, 21)])
-    assert words_of(run, "Reward") == ["0.015 in the first 2 steps, 0.195 in the last"]
+    assert words_of(run, "Reward") == ["0.015 in the first 2 of 20 steps, 0.195 in the last 2"]
 
 
 def test_an_exploitable_answer_is_named(tmp_path):
-    run = make_run(tmp_path / "run", audit=audit(probe("generic essay", True)))
-    assert words_of(run, "Audit")[0].startswith("the reward can be had by: generic essay (0.70, margin to the sampled")
+    found = audit(probe("generic essay", True))
+    told = words_of(make_run(tmp_path / "run", audit=found), "Audit")
+    assert told == [*verdict(found), *warnings(found)] and "by: generic essay (0.70, margin" in told[-1]
 
 
 EVALUATIONS = [metrics(s, heldout_similarity=x, heldout_reward=1 - x) for s, x in ((1, 0.5), (2, 0.625), (3, 0.5))]
 
 
-def best(tmp_path, evaluations=EVALUATIONS, **config):
-    return words_of(make_run(tmp_path / "run", evaluations, **config), "Best step")
+def best(tmp_path, evaluations=EVALUATIONS, **settings):
+    return words_of(make_run(tmp_path / "run", evaluations, **settings), "Best step")
 
 
 def test_the_best_step_is_that_of_the_highest_similarity(tmp_path):
@@ -157,12 +162,10 @@ def test_the_best_step_may_be_before_training(tmp_path):
     assert best(tmp_path, [before, *EVALUATIONS]) == ["0, before training: held-out similarity 0.750"]
 
 
-def test_what_was_measured_before_training_is_no_step(tmp_path, monkeypatch):
+def test_what_was_measured_before_training_is_no_step(tmp_path):
     before = {"step": 0, "heldout_similarity": 0.75}
-    assert words_of(make_run(tmp_path / "run", [before, metrics(1)]), "Steps") == ["1 done of 4 planned"]
-    monkeypatch.setattr(curves, "svg_of", lambda draw, unit, steps: steps)
-    drawn = {plot.title: plot.svg for plot in curves.plots({"run": [before, metrics(1)]})}
-    assert drawn["Held-out similarity to references"] == [0, 1] and drawn["Time by phase"] == [1]
+    run = make_run(tmp_path / "run", [before, metrics(1)])
+    assert words_of(run, "Steps") == ["1 done of 4 planned, 100 tokens trained on"]
 
 
 def test_replayed_episodes_are_named_with_the_documents(tmp_path):
@@ -175,44 +178,25 @@ def test_replayed_episodes_are_named_with_the_documents(tmp_path):
 # -------------------------------------------------------------------------------------------------------- curves
 
 
-def undrawn(*runs):
+def titles(*runs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "svg_of", lambda *_: "")
-        return curves.plots({str(i): metrics for i, metrics in enumerate(runs)})
-
-
-def titles(*runs):
-    return [plot.title for plot in undrawn(*runs)]
+        return list(curves.plots(runs))
 
 
 def test_what_is_null_in_all_steps_has_no_plot(run):
     shown = ["Reward, ± spread within groups", "Length of answers", "KL to the base model", "Entropy"]
-    assert titles(report.read_run(run).metrics) == [*shown, "Dropped groups", "Time by phase"]
+    assert titles(report.Run(run).metrics) == shown
 
 
-def test_what_is_known_of_one_step_has_a_plot():
-    assert "Held-out reward" in titles([metrics(1), metrics(2, heldout_reward=0.5)])
+def test_what_is_known_of_one_step_of_one_run_has_a_plot():
+    assert "Held-out reward" in titles([metrics(1)], [metrics(1), metrics(2, heldout_reward=0.5)])
 
 
-def test_drops_and_seconds_are_drawn_for_each_run():
-    steps = [metrics(1, drops={"group/zero spread": 1})]
-    of_runs = ["Dropped groups of 0", "Time by phase of 0", "Dropped groups of 1", "Time by phase of 1"]
-    assert titles(steps, steps)[-4:] == of_runs
-
-
-def test_the_legend_names_the_phases_in_their_order():
-    assert undrawn([metrics(1)])[-1].legend == [(0, "solve"), (1, "update")]
-
-
-def test_reasons_beyond_the_colours_are_one():
-    drops = {f"rubric/{letter}": 9 - i for i, letter in enumerate("abcdefghi")}
-    legend = undrawn([metrics(1, drops=drops)])[-2].legend
-    assert [name for _, name in legend] == [f"rubric/{letter}" for letter in "abcdefg"] + ["all else"]
-
-
-def test_a_bar_is_the_mean_of_its_steps_the_last_of_fewer():
-    starts, means = curves.bars([metrics(s, drops={"a": s}) for s in range(1, 2 * curves.MANY)], "drops")
-    assert (len(starts), starts[:2], means[0], means[-1]) == (60, [1, 3], {"a": 1.5}, {"a": 119})
+@pytest.mark.parametrize(("points", "lines"), [(60, 1), (61, 2)])
+def test_a_curve_of_many_points_is_drawn_faintly_beside_its_mean(points, lines):
+    svg = curves.svg_of([[metrics(step) for step in range(points)]], "kl", "nats")
+    assert len(re.findall(r"fill: none; stroke: var\(--c0\)", svg)) == lines
 
 
 def test_smoothing_takes_the_mean_of_the_neighbours():
@@ -220,19 +204,21 @@ def test_smoothing_takes_the_mean_of_the_neighbours():
 
 
 def test_every_colour_of_a_plot_is_a_variable_of_the_page():
-    svg = "".join(plot.svg for plot in curves.plots({"a": [metrics(1), metrics(2)], "b": [metrics(1), metrics(2)]}))
-    assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) == {
-        "none",
-        *map("var(--{})".format, "c0 c1 dim line".split()),
-    }
+    svg = "".join(curves.plots([[metrics(1), metrics(2)], [metrics(1), metrics(2)]]).values())
+    found = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg))
+    assert found == {"none", "var(--c0)", "var(--c1)", "var(--dim)", "var(--line)"} and "#" not in re.sub(
+        r"(?:url\(|href=\")#\w+", "", svg
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ episodes
 
 
-def test_answers_are_ordered_by_reward_and_those_without_come_last():
-    answers = [answer(r) for r in (0.25, None, 0.75, 0.0)]
-    assert [a["reward"] for a in report.ordered(answers)] == [0.75, 0.25, 0.0, None]
+def test_answers_are_ordered_by_reward_and_those_without_come_last(tmp_path):
+    run = make_run(tmp_path / "run", said=[episode(1, *(answer(r) for r in (0.25, None, 0.75, 0.0)))])
+    group = report.Run(run).groups[0]
+    assert [a["reward"] for a in group.episode["answers"]] == [0.75, 0.25, 0.0, None]
+    assert group.rewards == [0.75, 0.25, 0.0]
 
 
 def test_a_group_shows_its_answers_with_rewards_advantages_ratings_and_thoughts(tmp_path):
@@ -265,21 +251,17 @@ def test_a_long_document_is_cut_with_a_note(tmp_path):
     assert 2500 * "x" in html and 2501 * "x" not in html and "5,000 characters in all" in html
 
 
-def test_highlights_are_the_best_the_worst_and_the_most_disagreed_on(tmp_path, monkeypatch):
+def test_highlights_are_the_best_and_the_worst(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PICKS", 2)
     rewards = [(0.5, 0.5), (0.25, 1.0), (0.0, 0.125), (0.375, 0.625)]
-    run = make_run(tmp_path / "run", [], [episode(1, *map(answer, pair)) for pair in rewards])
-    found = report.highlights(report.read_run(run).groups).values()
-    assert [[(value, g.place) for value, g in picks] for picks in found] == [
-        [(1.0, 2), (0.625, 4)],
-        [(0.0, 3), (0.25, 2)],
-        [(0.375, 2), (0.125, 4)],
-    ]
+    run = report.Run(make_run(tmp_path / "run", [], [episode(1, *map(answer, pair)) for pair in rewards]))
+    found = {name: [g.id for g in picks] for name, picks in run.highlights.items()}
+    assert found == {"Best answers": ["g-2", "g-4"], "Worst answers": ["g-3", "g-2"]}
 
 
 def test_of_equal_groups_the_newest_are_the_highlights(tmp_path):
-    groups = report.read_run(make_run(tmp_path / "run", [], [episode(s) for s in range(1, 21)])).groups
-    assert [g.step for _, g in report.highlights(groups)["Best answers"]] == list(range(20, 12, -1))
+    run = report.Run(make_run(tmp_path / "run", [], [episode(s) for s in range(1, 21)]))
+    assert [g.step for g in run.highlights["Best answers"]] == list(range(20, 12, -1))
 
 
 # -------------------------------------------------------------------------------------------- more than one page holds
@@ -292,15 +274,15 @@ def test_a_run_that_fits_is_shown_whole_and_without_a_notice(run):
 
 @pytest.fixture
 def capped(tmp_path, monkeypatch):
-    """capped(bytes) -> the page on 100 steps of one group, and the steps in it. Highlights are of steps 3, 5 and 7."""
-    special = {s: [answer(low), answer(high)] for s, low, high in ((3, 0.9, 1.0), (5, 0.1, 0.2), (7, 0.2, 0.95))}
+    """capped(bytes) -> the page on 100 steps of one group, and the steps in it. Highlights are of steps 3 and 5."""
+    special = {s: [answer(low), answer(high)] for s, low, high in ((3, 0.9, 1.0), (5, 0.1, 0.2))}
     run = make_run(tmp_path / "run", [metrics(1)], [episode(s, *special.get(s, ())) for s in range(1, 101)])
     monkeypatch.setattr(report, "PICKS", 1)
 
     def page(budget):
         monkeypatch.setattr(report, "BUDGET", budget)
         html = page_of(run)
-        return html, [int(step) for step in re.findall(r'data-step="(\d+)"', html)]
+        return html, [int(step) for step in re.findall(r'id="r0-(\d+)"', html)]
 
     return page
 
@@ -311,7 +293,7 @@ def test_a_page_that_would_be_too_large_says_what_is_in_it(capped):
 
 
 def test_it_keeps_the_highlights_and_the_newest_step_whatever_their_size(capped):
-    assert capped(0)[1] == [3, 5, 7, 100]
+    assert capped(0)[1] == [3, 5, 100]
 
 
 def test_it_keeps_an_even_sample_of_the_rest(capped):
@@ -331,10 +313,10 @@ def test_2000_episodes_of_8_answers_stay_under_25_mb(tmp_path):
 # ---------------------------------------------------------------------------------------------------- several runs
 
 
-def test_several_runs_are_all_named_in_words_and_in_each_legend(run):
+def test_several_runs_are_all_named_in_words_and_in_the_legend(run):
     other = make_run(run.parent / "other", [metrics(1)], [episode(1)])
     html = report.write([run, other], run.parent / "page.html").read_text()
-    assert "<th>run</th><th>other</th>" in html and html.count("</i>run</span>") == html.count("</i>other</span>") == 5
+    assert "<th>run</th><th>other</th>" in html and html.count("</i>run</span>") == html.count("</i>other</span>") == 2
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(run):
@@ -366,21 +348,22 @@ def test_a_missing_file_is_named(run, name):
 @pytest.mark.parametrize("name", ["config.json", "audit.json"])
 def test_a_damaged_file_is_named(run, name):
     (run / name).write_text('{"cut')
-    assert f"{name} cannot be read" in page_of(run)
+    assert f"{name}: damaged records, left out: 1" in page_of(run)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "episodes.jsonl"])
 def test_a_cut_last_line_is_left_out_and_counted(run, name):
     whole = (run / name).read_bytes()
     (run / name).write_bytes(whole + whole[: len(whole) // 10])
-    assert words_of(run, "Files") == [f"{name}: damaged lines, left out: 1"]
-    assert words_of(run, "Steps") == ["2 done of 4 planned"] and words_of(run, "Groups")[0] == "4 played, 1 dropped"
+    assert words_of(run, "Files") == [f"{name}: damaged records, left out: 1"]
+    assert words_of(run, "Steps") == ["2 done of 4 planned, 250 tokens trained on"]
+    assert words_of(run, "Groups") == ["4 played", "1 dropped: proposer/unfinished"]
 
 
 def test_lines_that_are_no_episodes_are_counted(run):
     with (run / "episodes.jsonl").open("a") as file:
         file.write('{"step": 3}\n{"step": 3, "document": 5, "problem": 7, "answers": []}\n')
-    assert words_of(run, "Files") == ["episodes.jsonl: lines that are no episodes, left out: 2"]
+    assert words_of(run, "Files") == ["episodes.jsonl: damaged records, left out: 2"]
 
 
 def test_fields_that_an_episode_lacks_are_no_trouble(run):
@@ -395,7 +378,7 @@ def test_fields_that_an_episode_lacks_are_no_trouble(run):
 
 def test_an_audit_of_another_shape_is_no_trouble(run):
     (run / "audit.json").write_text('{"judge": "logits"}')
-    assert words_of(run, "Audit") == ["audit.json is not as heldout.py writes it (KeyError: 'documents')"]
+    assert words_of(run, "Audit") == ["audit.json is not as an audit writes it (KeyError: 'probes')"]
 
 
 def test_a_run_that_ended_before_its_first_step_has_a_report_that_says_so(tmp_path):
@@ -450,18 +433,18 @@ def test_an_interrupted_run_has_one_too(trained, tmp_path, monkeypatch):
     real = pop.update
 
     def interrupted(*args):
-        pop.faults.signal.raise_signal(pop.faults.signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return real(*args)
 
     monkeypatch.setattr(pop, "update", interrupted)
-    assert trained() == pop.faults.RESUMABLE
+    assert trained() == signals.RESUMABLE
     assert "1 done of 2 planned" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_it_is_refreshed_at_every_evaluation(trained, monkeypatch):
     seen = []
     monkeypatch.setattr(pop.heldout, "similarities", lambda pairs: None)  # its model takes a second to load
-    monkeypatch.setattr(report, "write", lambda runs: seen.append(len(report.read_run(runs[0]).metrics)))
+    monkeypatch.setattr(report, "write", lambda runs: seen.append(len(report.Run(runs[0]).metrics)))
     trained(eval_every=1, eval_documents=1)
     assert seen == [2, 3]  # step 0 is what was measured before
 
@@ -477,7 +460,7 @@ def failing(monkeypatch, error):
 def test_a_report_that_fails_is_one_line(run, monkeypatch, capsys, error):
     failing(monkeypatch, error)
     report.refresh(run)
-    said = f"no report ({type(error).__name__}: {error}); to try again: python report.py {run}\n"
+    said = f"no report ({type(error).__name__}: {error}); to try again: python -m lab.report {run}\n"
     assert capsys.readouterr().out == said
 
 
@@ -507,27 +490,20 @@ def hostile(tmp_path_factory):
     failures = [dict(role=attack("role"), reason=attack("reason"), raw=attack("raw"))]
     group = episode(1, said, answer(0.25), rubric=rubric, failures=failures, drop=attack("drop"), **texts)
     group["document"]["id"] = attack("id")
-    steps = [metrics(1, drops={attack("drops"): 1}, seconds={attack("phase"): 1.0})]
+    steps = [metrics(1, seconds={attack("phase"): 1.0})]
     name = "<img src=x onerror=document.title=1> " + 150 * "x"
     folder = tmp_path_factory.mktemp("hostile")
-    config = dict(model=attack("model"), corpus=attack("corpus"))
-    run = make_run(folder / name, steps, [group], audit(probe(attack("probe"), True)), **config)
+    settings = dict(model=attack("model"), corpus=attack("corpus"))
+    run = make_run(folder / name, steps, [group], audit(probe(attack("probe"), True)), **settings)
     return report.write([run, make_run(folder / "plain", [metrics(1)], [episode(1)])], folder / "page.html")
 
 
-PLACES = (
-    "document problem reference name gold description answer thought guard role reason raw drop id drops phase".split()
-)
+PLACES = "document problem reference name gold description answer thought guard role reason raw drop id phase".split()
 
 
-def test_no_text_becomes_an_element_of_the_page(hostile):
+def test_no_text_becomes_an_element_of_the_page_which_has_no_script(hostile):
     html = hostile.read_text()
-    assert (html.count("<script"), html.count("<img"), html.count("<svg onload"), html.count("<a href")) == (
-        1,
-        0,
-        0,
-        9,
-    )
+    assert [html.count(tag) for tag in ("<script", "<img", "<svg onload", "<a href")] == [0, 0, 0, 7]
 
 
 @pytest.mark.parametrize("place", [*PLACES, "model", "corpus", "probe"])
@@ -623,9 +599,7 @@ def test_hostile_text_does_not_run(browser, hostile):
 @needs_browser
 def test_hostile_text_makes_no_element(browser, hostile):
     with opened(browser, hostile) as (page, _):
-        assert (
-            page.evaluate("document.querySelectorAll('img, iframe, script, [onload], [href^=javascript]').length") == 1
-        )
+        assert page.locator("img, iframe, script, [onload], [href^=javascript]").count() == 0
 
 
 @needs_browser
@@ -637,33 +611,6 @@ def test_even_a_script_that_got_in_would_not_run(browser, shown, tmp_path):
 
 
 @needs_browser
-def test_a_search_says_how_many_groups_match_and_hides_the_others(browser, shown):
-    with opened(browser, shown) as (page, _):
-        page.fill("#words", "OWLS  sleep")
-        expect(page.locator("#count")).to_have_text("1 of 6 groups match")
-        assert [g.inner_text().split("\n")[1] for g in page.locator(".group:visible").all()] == ["Where do owls sleep?"]
-
-
-@needs_browser
-def test_a_search_can_be_of_some_steps_only(browser, shown):
-    with opened(browser, shown) as (page, _):
-        page.fill("#words", "voles eat,")
-        page.fill("#steps", "2-3")
-        expect(page.locator("#count")).to_have_text("3 of 6 groups match")
-        assert page.locator(".step:visible").count() == 2
-
-
-@needs_browser
-def test_without_words_all_groups_are_there_again_and_closed(browser, shown):
-    with opened(browser, shown) as (page, _):
-        page.fill("#words", "owls")
-        expect(page.locator("#count")).to_have_text("1 of 6 groups match")
-        page.fill("#words", "")
-        expect(page.locator("#count")).to_have_text("6 groups")
-        assert page.locator(".step:visible").count() == 3 and page.locator(".group:visible").count() == 0
-
-
-@needs_browser
 def test_a_highlight_is_one_click_away(browser, shown):
     with opened(browser, shown) as (page, _):
         page.click(".picks a >> nth=0")
@@ -671,21 +618,8 @@ def test_a_highlight_is_one_click_away(browser, shown):
 
 
 @needs_browser
-def test_without_javascript_an_episode_can_be_read(browser, shown):
+def test_an_episode_can_be_read_without_javascript(browser, shown):
     with opened(browser, shown, java_script_enabled=False) as (page, _):
-        page.click("text=Step 2")
-        page.click("text=Where do owls sleep?")
+        page.click(".step > summary >> text=Step 2")
+        page.click(".step[open] >> text=Where do owls sleep?")
         assert page.locator("text=they eat roots >> visible=true").count() == 1
-
-
-@needs_browser
-def test_without_javascript_a_highlight_opens_all_the_same(browser, shown):
-    with opened(browser, shown, java_script_enabled=False) as (page, _):
-        page.click(".picks a >> nth=0")
-        assert page.locator(".body:target").is_visible()
-
-
-@needs_browser
-def test_without_javascript_there_is_no_search(browser, shown):
-    with opened(browser, shown, java_script_enabled=False) as (page, _):
-        assert page.locator("#search").is_hidden()
