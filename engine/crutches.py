@@ -9,7 +9,7 @@ import random
 import re
 
 from config import Config
-from engine.forms import Field
+from engine.constrained import Field
 
 TRIES_AT_ONCE = 3  # attempts at a problem side by side: with crutches most of them are no good
 

@@ -1,4 +1,4 @@
-"""What makes reading, writing and training fast. Each function changes how often or in what layout something is
+"""What makes prefill, decoding and training fast. Each function changes how often or in what layout something is
 computed, never what: tests hold the tokens and gradients against the plain way.
 
 Shape letters as in model.py: B rows, P prompt tokens, T tokens of a row, D hidden size, V vocabulary.
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import Cache, GenerationConfig, LogitsProcessorList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 Linear = Callable[..., torch.Tensor]
@@ -38,7 +39,19 @@ def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.addmm(y.view(-1, y.shape[-1]), low, b.t(), alpha=layer.scaling["default"]).view_as(y)
 
 
-def plain_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+def adapted(base: Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> Linear:
+    """x -> base(x) + scale B A x, added in place: for use without gradients."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = base(x)
+        low = F.linear(x.reshape(-1, x.shape[-1]), a)  # (B T, r)
+        y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scale)
+        return y
+
+    return forward
+
+
+def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """A copy of the weight of a linear layer as numbers, (outputs, inputs)."""
     from bitsandbytes import functional, nn
 
@@ -57,63 +70,53 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return functools.partial(F.linear, weight=weight, bias=bias)
 
 
-@contextlib.contextmanager
-def large_blocks_apart() -> Iterator[None]:
-    """Inside, blocks over 1 MiB come from the system and not from glibc's heap: among copies that stay, those that are
-    freed would leave holes there that the next does not fit, with a 0.5B model 40% of its weights."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    mallopt(threshold, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(threshold, 2**25)  # both as high as glibc itself comes to set them
-        mallopt(trim, 2**26)
-
-
-def adapted(base: Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> Linear:
-    """x -> base(x) + scale B A x, added in place: for use without gradients."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        y = base(x)
-        low = F.linear(x.reshape(-1, x.shape[-1]), a)  # (B T, r)
-        y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scale)
-        return y
-
-    return forward
-
-
 @torch.no_grad()
-@large_blocks_apart()
-def held_forwards(
-    model: Any, dtype: torch.dtype, with_adapters: bool, dequantize: bool
-) -> dict[torch.nn.Module, Linear]:
-    """module -> the forward it may be given for a phase without gradients; no weight of the model changes.
+def prepared_forwards(model: Any, dtype: torch.dtype, with_adapters: bool, dequantize: bool) -> dict[Any, Linear]:
+    """module -> the forward it may be given where no gradients are needed; no weight of the model changes.
 
-    In 16 bits the fp32 adapters are rounded once for the phase, not at each use, and stay products of their own: added
-    to weights of 4 or 16 bits they would be lost in the rounding. dequantize: the weights are held out of 4 bits; in
-    fp32 the adapter is added to that copy.
+    In 16 bits the fp32 adapters are rounded once, not at each use, and stay products of their own: added to weights of
+    4 or 16 bits they would be lost in the rounding. dequantize: from a dequantized copy of the weights; in fp32 the
+    adapter is added to that copy.
     """
-    forwards: dict[torch.nn.Module, Linear] = {}
+    # glibc's heap would keep the holes that freed copies leave among those that stay: 40% of a 0.5B model's weights.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    forwards: dict[Any, Linear] = {}
     for layer in lora_layers(model):
         base = layer.base_layer
-        held: Linear = base.forward
+        forward: Linear = base.forward
         a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
         if dequantize:
-            weight = plain_weight(base, dtype)
-            if with_adapters and dtype == torch.float32:
-                forwards[layer] = linear(weight.addmm_(b, a, alpha=scale), base.bias)
+            weight = dequantized(base, dtype)
+            if fold := with_adapters and dtype == torch.float32:
+                weight.addmm_(b, a, alpha=scale)
+            forward = forwards[layer if fold else base] = linear(weight, base.bias)
+            del weight
+            if trim:
+                trim(0)
+            if fold:
                 continue
-            held = forwards[base] = linear(weight, base.bias)
         if with_adapters:
-            forwards[layer] = adapted(held, a.to(dtype), b.to(dtype), scale)
+            forwards[layer] = adapted(forward, a.to(dtype), b.to(dtype), scale)
     head = model.get_output_embeddings()
     if dequantize and dtype == torch.float32:
         forwards[head] = linear(head.weight.data, getattr(head, "bias", None))
     return forwards
+
+
+@contextlib.contextmanager
+def replaced(forwards: dict[Any, Linear]) -> Iterator[None]:
+    """Inside, the modules compute by these forwards."""
+    own = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -123,46 +126,46 @@ class Reserved(DynamicLayer):
     """A layer's key-value cache with room for `length` tokens of `rows` rows, which are written in place.
 
     DynamicLayer copies everything so far for each token that is added. What is not written yet is 0: attention gives it
-    no weight, but 0 times the NaN that memory may hold would be NaN.
+    no weight, but 0 times the NaN that memory may hold would be NaN. With a `column`, a tensor, it is as a CUDA graph
+    needs it: always of full length, and one token is written at the column that the tensor holds.
     """
 
     def __init__(self, rows: int, length: int) -> None:
         super().__init__()
         self.rows, self.length = rows, length
+        self.stores: list[torch.Tensor] = []  # keys and values, each (rows, heads, length, head size)
+        self.column: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.stores = [
-            states.new_zeros(self.rows, states.shape[1], self.length, states.shape[3])  # (rows, heads, length, size)
-            for states in (key_states, value_states)
-        ]
+        self.stores = [s.new_zeros(self.rows, s.shape[1], self.length, s.shape[3]) for s in (key_states, value_states)]
         self.set_length(0)
 
-    def set_length(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mark the first `length` columns as written; returns their keys and values."""
-        keys, values = (store[:, :, :length] for store in self.stores)
-        self.keys, self.values = keys, values
-        return keys, values
+    def set_length(self, length: int) -> None:
+        """Mark the first `length` columns as written."""
+        self.keys, self.values = (store[:, :, :length] for store in self.stores)
 
-    def take(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Begin the rows `target` with the rows `source` of keys and values, each (B, heads, T, head size)."""
+    def take(self, keys: torch.Tensor, values: torch.Tensor, rows: Any) -> None:
+        """Begin these rows (an index) with keys and values, each (B, heads, T, head size)."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        length = keys.shape[2]
         for store, states in zip(self.stores, (keys, values), strict=True):
-            store[:, :, :length].index_copy_(0, target, states.index_select(0, source))
-        self.set_length(max(length, self.get_seq_length()))
+            store[rows, :, : states.shape[2]] = states
+        self.set_length(max(keys.shape[2], self.get_seq_length()))
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[2]
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store[:, :, old:new] = states
-        return self.set_length(new)
+            if self.column is None:
+                store[:, :, old:new] = states
+            else:
+                store.index_copy_(2, self.column, states)
+        if self.column is None:
+            self.set_length(new)
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
@@ -175,73 +178,50 @@ class Reserved(DynamicLayer):
             part.set_length(self.get_seq_length())
         return part
 
-    def give_up(self) -> None:
-        """Let the memory go."""
-        self.keys = self.values = None
-        self.stores, self.is_initialized = [], False
 
+def reserve(cache: Any, rows: torch.Tensor, length: int, keep: bool = False) -> Any:
+    """A cache of these rows of another, one may come several times, with room for `length` tokens.
 
-def copied(cache: Any, rows: torch.Tensor, length: int, give_up: bool = False) -> Any:
-    """A cache of these rows of another, one may come several times, with room for `length` tokens."""
+    Unless it is to be kept, the other is given up layer by layer: never more than one layer exists twice.
+    """
     layers: list[Any] = []
-    every = torch.arange(len(rows), device=rows.device)
     for layer in cache.layers:
         new = Reserved(len(rows), length)
         if layer.is_initialized:
-            new.take(layer.keys, layer.values, rows, every)
-        if give_up:
-            layer.give_up()
+            new.take(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), slice(None))
+        if not keep:
+            layer.keys, layer.values, layer.stores, layer.is_initialized = None, None, [], False
         layers.append(new)
     return Cache(layers=layers)
-
-
-def reserve(cache: Any, rows: torch.Tensor, length: int) -> Any:
-    """`copied`, where the other cache is given up layer by layer: never more than one layer exists twice."""
-    return copied(cache, rows, length, give_up=True)
-
-
-class Fixed(Reserved):
-    """A reserved layer as a CUDA graph needs it: always of full length, written at a column that a tensor holds.
-
-    It takes over the memory of the layer given.
-    """
-
-    def __init__(self, layer: Reserved, column: torch.Tensor) -> None:
-        super().__init__(layer.rows, layer.length)
-        self.stores, self.column, self.is_initialized = layer.stores, column, True
-        self.set_length(layer.length)
-        layer.give_up()
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store.index_copy_(2, self.column, states)
-        return self.stores[0], self.stores[1]
 
 
 # --------------------------------------------------------------------------------------------------- batching
 
 
-def common_beginning(rows: Sequence[list[int]]) -> int:
+def padded(rows: Sequence[list[int]], filler: int, side: str = "right") -> torch.Tensor:
+    """Rows of ids -> (B, longest), padded on one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=side)
+
+
+def common_prefix(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with alike; at least one of each row is left over."""
     least = min(map(len, rows)) - 1
     first, last = min(rows), max(rows)  # all others lie between them
     return next((i for i in range(least) if first[i] != last[i]), least)
 
 
-def shared_beginnings(rows: Sequence[list[int]]) -> list[tuple[list[int], int]]:
-    """Group rows that begin alike: (numbers of the rows, tokens of their common beginning).
+def shared_prefixes(rows: Sequence[list[int]]) -> list[tuple[list[int], int]]:
+    """Group rows by their prefixes: (numbers of the rows, tokens of their common prefix).
 
-    A row joins the group before it, in the order of their ids, if that leaves fewer tokens to read altogether.
+    A row joins the group before it, in the order of their ids, if that leaves fewer tokens to prefill altogether.
     """
     groups: list[tuple[list[int], int]] = []
     for number in sorted(range(len(rows)), key=lambda i: rows[i]):
         if groups:
             members, common = groups[-1]
-            joined = common_beginning([rows[members[0]], rows[members[-1]], rows[number]])
-            saved, would_save = common * (len(members) - 1), joined * len(members)
-            if would_save > saved:
+            joined = common_prefix([rows[members[0]], rows[members[-1]], rows[number]])
+            if joined * len(members) > common * (len(members) - 1):
                 groups[-1] = ([*members, number], joined)
                 continue
         groups.append(([number], len(rows[number]) - 1))
@@ -331,14 +311,16 @@ class FixedStep:
     """
 
     def __init__(self, model: Any, cache: Any, mask: torch.Tensor, written: int) -> None:
-        """cache: of L tokens, taken over; `written` of them are in it or come next. mask: (B, 1, 1, L or more)."""
-        self.model = model
+        """cache: of L tokens, `written` of them are in it or come next. mask: (B, 1, 1, L or more)."""
+        self.model, self.cache = model, cache
         self.ids, self.at = (torch.zeros(len(mask), 1, dtype=torch.long, device=mask.device) for _ in range(2))
         self.column = torch.zeros(1, dtype=torch.long, device=mask.device)
         mask = mask.clone()
         mask[..., written:] = -torch.inf
         self.mask = mask[..., : cache.layers[0].length]
-        self.cache = Cache(layers=[Fixed(layer, self.column) for layer in cache.layers])
+        for layer in cache.layers:
+            layer.column = self.column
+            layer.set_length(layer.length)
         self.graph: Any = None
         self.warm = False
 
@@ -372,47 +354,45 @@ def next_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, at: torch.Ten
 
 @torch.no_grad()
 def decode(
-    model: Any,
-    input_ids: torch.Tensor,
-    logits_processor: LogitsProcessorList,
-    generation_config: GenerationConfig,
-    *,
+    llm: Any,
+    ids: torch.Tensor,
     mask: torch.Tensor,
-    reserved: Any,
-    dtype: torch.dtype,
-    progress: Callable[[int], Any],
-    cuda_graph: bool = False,
-    first: Sequence[Any] = (),
-    **_: Any,
+    cache: Any,
+    new: int,
+    ends: Sequence[int],
+    *,
+    sample: bool = False,
+    processors: Sequence[Any] = (),
+    progress: Callable[[int], Any] = lambda tokens: None,
 ) -> torch.Tensor:
-    """The decoding loop of `generate(custom_generate=...)`: input_ids (B, P) with their continuations, padded.
+    """The decoding loop within `generate`: prompts (B, P) -> the up to `new` tokens written after each, up to one of
+    `ends` and then padded, (B, new).
 
-    mask: (B, P), 0 on padding. The cache `reserved` holds all but the last token of input_ids and has room for what
-    comes. Once a quarter of the rows is finished they leave the batch. dtype: of queries and keys. progress: called
-    with the tokens of each step. cuda_graph: steps are FixedSteps where enough are left. first: logits processors that
-    come before those that `generate` made.
+    mask: (B, P), 0 on padding. The cache holds all but the last token of the prompts and has room for what comes. Once
+    a quarter of the rows is finished they leave the batch. sample: tokens are drawn from softmax(scores), else they are
+    the likeliest. Processors change or watch the scores, given the last tokens (B, 1) and scores (B, V), and are told
+    by keep(rows) which rows stay. progress: called with the tokens of each step.
     """
-    logits_processor = LogitsProcessorList([*first, *logits_processor])
-    rows, prompt = input_ids.shape
-    new, pad = generation_config.max_new_tokens, generation_config.pad_token_id
-    ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
-    output = F.pad(input_ids, (0, new), value=pad)
-    ids, at = input_ids[:, -1:], positions(mask)[:, -1:]
-    mask = decoding_mask(mask, new, dtype)  # (B, 1, 1, P + new)
-    present = torch.arange(rows, device=input_ids.device)  # the rows still in the batch
+    rows, prompt = ids.shape
+    output = ids.new_full((rows, new), llm.pad_id)
+    last, at = ids[:, -1:], positions(mask)[:, -1:]
+    mask = decoding_mask(mask, new, llm.dtype)  # (B, 1, 1, P + new)
+    stop = torch.tensor(ends, device=ids.device)
+    present = torch.arange(rows, device=ids.device)  # the rows still in the batch
     done = torch.zeros_like(present, dtype=torch.bool)
     step: FixedStep | None = None
     for length in range(prompt, prompt + new):
-        # An empty cache, of prompts of one token, has no memory yet that a FixedStep could take over.
-        if cuda_graph and not step and prompt + new - length >= STEPS_WORTH_A_GRAPH and reserved.get_seq_length():
-            step = FixedStep(model, reserved, mask, length)
-            reserved = step.cache
-        logits = step(ids, at, length - 1) if step else next_logits(model, ids, mask[..., :length], at, reserved)
-        scores = logits_processor(output[present, :length], logits.float())  # type: ignore[arg-type]
-        tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
-        tokens = tokens.masked_fill(done, pad)
-        output[present, length] = tokens
-        done |= torch.isin(tokens, ends)
+        # An empty cache, of prompts of one token, has no memory yet that a FixedStep could write to.
+        if llm.cuda_graph and not step and prompt + new - length >= STEPS_WORTH_A_GRAPH and cache.get_seq_length():
+            step = FixedStep(llm.model, cache, mask, length)
+        logits = step(last, at, length - 1) if step else next_logits(llm.model, last, mask[..., :length], at, cache)
+        scores = logits.float()
+        for processor in processors:
+            scores = processor(last, scores)
+        tokens = draw(scores) if sample else scores.argmax(-1)
+        tokens = tokens.masked_fill(done, llm.pad_id)
+        output[present, length - prompt] = tokens
+        done |= torch.isin(tokens, stop)
         progress(len(present))
         left = (~done).nonzero().squeeze(-1)
         if not len(left):
@@ -420,14 +400,13 @@ def decode(
         if 4 * len(left) <= 3 * len(present):
             step = None
             del logits, scores  # with them the memory of the step's graph goes, before there is a second cache
-            for layer in reserved.layers:
+            for layer in cache.layers:
                 layer.set_length(length)  # a FixedStep does not count
-            reserved = reserve(reserved, left, prompt + new)
+            cache = reserve(cache, left, prompt + new)
             present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
-            for processor in logits_processor:
-                if hasattr(processor, "keep"):
-                    processor.keep(left.tolist())
-        ids, at = tokens[:, None], at + 1
+            for processor in processors:
+                processor.keep(left.tolist())
+        last, at = tokens[:, None], at + 1
     return output
 
 
@@ -440,16 +419,9 @@ def segments_of(rows: Sequence[tuple[list[int], list[list[int]]]], pad_id: int) 
     A row is a prompt followed by any number of its completions, none of which sees another: `segments` is 0 on the
     prompt, k on the kth completion, -1 on padding.
     """
-    width = max(len(prompt) + sum(map(len, completions)) for prompt, completions in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    segments = torch.full((len(rows), width), -1)
-    for i, (prompt, completions) in enumerate(rows):
-        end = 0
-        for k, part in enumerate([prompt, *completions]):
-            ids[i, end : end + len(part)] = torch.tensor(part)
-            segments[i, end : end + len(part)] = k
-            end += len(part)
-    return ids, segments
+    ids = [sum(completions, prompt) for prompt, completions in rows]
+    segments = [[k for k, part in enumerate([prompt, *parts]) for _ in part] for prompt, parts in rows]
+    return padded(ids, pad_id), padded(segments, -1)
 
 
 def segment_mask(segments: torch.Tensor) -> torch.Tensor | None:

@@ -1,50 +1,54 @@
-"""Fitting into memory: the largest batch of each role, and what happens where one does not fit."""
+"""Fitting into memory: the largest batch of each role, and what happens where a batch does not fit.
 
+`llm` is an LLM of model.py; its `token_budget` is lowered for good where memory runs out.
+"""
+
+import contextlib
 import gc
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
+from tqdm.auto import tqdm
 
 from config import FACTS_TOKENS, Config
+from data import UserError
+from engine import fast
 from engine.crutches import TRIES_AT_ONCE
-from engine.fast import batches
+from engine.prefill import prefill
 
+T = TypeVar("T")
 Device = Literal["cuda", "cpu"]
 
 OUT_OF_MEMORY = re.compile(
     r"CUDA (driver )?error: out of memory|can't allocate memory|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
 )
 
-# One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again. Each chunk reads
-# the whole output head, 1.1 GB of a 7B, which a GPU should not do too often.
+# One chunk of float32 logits while log-probabilities are computed; its gradient takes as much again. Each chunk needs
+# the whole output head, 1.1 GB of a 7B, which a GPU should not fetch too often.
 LOGITS_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
-# Tokens read at once: more are no faster, padded to a longer row, and need more memory.
-READ_TOKENS = {"cpu": 1_024, "cuda": 8_192}
-
+# Tokens of a prefill at once: more are no faster, padded to a longer row, and need more memory.
+PREFILL_TOKENS = {"cpu": 1_024, "cuda": 8_192}
 
 # Lengths in tokens, at most.
 TOKENS_PER_WORD = 1.4  # English in a vocabulary of 50k to 150k takes 1.3
-
 INSTRUCTIONS = 1_130  # of proposer and rubric writer with their worked examples; the rubric writer's are the longer
-
 GRADING = 450  # the judge's instructions
-
 TEMPLATE = 60  # the chat template around a problem, which is all that the solver is given
+QUESTION = 50  # what the logits judge is asked after the answer
 
 CONTROLS = 2  # answers that a rubric is tried on, beside a group's own
-
-QUESTION = 50  # what the logits judge is asked after the answer
 
 
 @dataclass(frozen=True)
 class Batch:
     """The largest batch of a role: `prompts` prompts of `prompt` tokens, each continued `n` times by `new` tokens.
 
-    Where they are only read: all but the last `rest` tokens of each row are the beginning of one of `beginnings`.
+    Of the logits judge, which writes nothing: all but the last `rest` tokens of each row are one of `prefixes`.
     """
 
     prompts: int
@@ -52,7 +56,7 @@ class Batch:
     new: int = 0
     n: int = 1
     rest: int = 0
-    beginnings: int = 0
+    prefixes: int = 0
 
     @property
     def rows(self) -> int:
@@ -73,27 +77,23 @@ def work_of(cfg: Config, device: Device = "cuda") -> dict[str, Batch]:
     n = max(1, min(cfg.group_size, (cfg.update_tokens - asked) // cfg.max_new_tokens))  # answers in a row of the update
     row = asked + n * cfg.max_new_tokens
 
-    def largest(count: int, prompt: int, new: int, n: int = 1, budget: int = cfg.rollout_tokens) -> Batch:
+    def largest(count: int, prompt: int, new: int, n: int = 1) -> Batch:
         groups = [[i * n + k for k in range(n)] for i in range(count)]
-        rows = len(batches(groups, [prompt + new] * (count * n), budget)[0])
+        rows = len(fast.batches(groups, [prompt + new] * (count * n), cfg.rollout_tokens)[0])
         return Batch(max(1, rows // n), prompt, new, min(n, rows))
 
-    # Of the logits judge: a prompt for each answer and criterion, those of a group beginning alike.
-    rated = largest(taken * cfg.max_criteria, graded + cfg.criterion_tokens, 0, n=cfg.group_size)
+    propose = largest(taken, document + told, max(noted, cfg.reference_tokens), TRIES_AT_ONCE if cfg.crutches else 1)
+    # The logits judge has a prompt for each answer and criterion, those of a group with the same prefix.
+    judge = largest(taken * cfg.max_criteria, graded + cfg.criterion_tokens, 0, cfg.group_size)
+    prefilled = max(1, min(PREFILL_TOKENS[device], cfg.rollout_tokens) // rest)
+    judge = Batch(min(judge.rows, prefilled), judge.prompt, rest=rest, prefixes=judge.prompts)
+    if cfg.judge != "logits":
+        judge = largest(rated_answers, graded + rubric, cfg.rating_tokens * cfg.max_criteria)
     return {
-        "propose": largest(
-            taken, document + told, max(noted, cfg.reference_tokens), n=TRIES_AT_ONCE if cfg.crutches else 1
-        ),
-        "solve": largest(taken, asked, cfg.max_new_tokens, n=cfg.group_size),
-        "rubric": largest(taken, document + told + shown, rubric, n=3),
-        "judge": largest(rated_answers, graded + rubric, cfg.rating_tokens * cfg.max_criteria)
-        if cfg.judge != "logits"
-        else Batch(
-            min(rated.rows, max(1, min(READ_TOKENS[device], cfg.rollout_tokens) // rest)),
-            rated.prompt,
-            rest=rest,
-            beginnings=rated.prompts,
-        ),
+        "propose": propose,
+        "solve": largest(taken, asked, cfg.max_new_tokens, cfg.group_size),
+        "rubric": largest(taken, document + told + shown, rubric, 3),
+        "judge": judge,
         "update": Batch(max(1, min(cfg.documents, cfg.update_tokens // row)), asked, cfg.max_new_tokens, n),
     }
 
@@ -103,6 +103,9 @@ def in_use(cfg: Config) -> list[str]:
     if cfg.replay == "answers":
         return ["update"]
     return ["propose", "solve", "rubric", "judge"] + ([] if cfg.synthesize else ["update"])
+
+
+# ------------------------------------------------------------------------------------------- where it runs out
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -116,18 +119,8 @@ def out_of_memory(error: BaseException) -> bool:
     return OUT_OF_MEMORY.search(str(error)) is not None or (because is not None and out_of_memory(because))
 
 
-T = TypeVar("T")
-
-
-def one_row_too_long(phase: str, tokens: int) -> str:
-    return (
-        f"out of memory in {phase}, even with one row ({tokens} tokens): lower --max-words, --max-new-tokens or "
-        "--rubric-answers, or choose a smaller model"
-    )
-
-
 def within_memory(work: Callable[[], T], smaller: Callable[[], None]) -> T:
-    """work(), again after smaller() as often as memory runs out. smaller raises UserError where nothing is left."""
+    """work(), again after smaller() as often as memory runs out; smaller() raises UserError when nothing is left."""
     while True:
         try:
             return work()
@@ -140,5 +133,143 @@ def within_memory(work: Callable[[], T], smaller: Callable[[], None]) -> T:
         smaller()
 
 
+def one_row_too_long(what: str, tokens: int) -> str:
+    return (
+        f"out of memory in {what}, even with one row ({tokens} tokens): lower --max-words, --max-new-tokens or "
+        "--rubric-answers, or choose a smaller model"
+    )
+
+
+def halved(what: str, rows: int, longest: int, budget: int) -> int:
+    """The token budget for what ran out of memory with so many rows of so many tokens. Raises UserError for one row."""
+    if rows <= 1:
+        raise UserError(one_row_too_long(what, longest))
+    budget = min(budget, rows * longest) // 2
+    tqdm.write(f"out of memory in {what} with {rows} rows of {longest} tokens: now under {budget} tokens")
+    return budget
+
+
+def make_smaller(llm: Any, what: str, rows: int, longest: int) -> None:
+    """After a rollout's batch did not fit: no dequantized copy of the weights or, without one, half the budget."""
+    if llm.dequantize:
+        llm.dequantize = False
+        tqdm.write(f"out of memory in {what}: from now on without a dequantized copy of the weights")
+    else:
+        llm.token_budget = halved(what, rows, longest, llm.token_budget)
+
+
+def in_batches(
+    llm: Any, what: str, groups: Sequence[Sequence[int]], lengths: Sequence[int], work: Callable[[list[int]], None]
+) -> None:
+    """work(batch) for all rows (numbers into `lengths`) in batches under llm.token_budget, groups kept whole.
+
+    Where memory runs out, the dequantized copy of the weights is given up or, without one, the token budget halved from
+    this batch on. Each try of a batch begins with the same random states. Raises UserError if one row does not fit.
+    """
+    plan = fast.batches(groups, lengths, llm.token_budget)
+
+    def smaller() -> None:
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+        before = llm.token_budget
+        make_smaller(llm, what, len(plan[0]), max(lengths[i] for i in plan[0]))
+        if llm.token_budget < before:
+            left = {i for batch in plan for i in batch}
+            still = [[i for i in group if i in left] for group in groups]
+            plan[:] = fast.batches([group for group in still if group], lengths, llm.token_budget)
+
+    while plan:
+        cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        within_memory(lambda: work(plan[0]), smaller)
+        del plan[0]
+
+
+# ---------------------------------------------------------------------------------------------------- rehearsal
+
+
 def rehearse(llm: Any, cfg: Config, update_tokens: int) -> int:
+    """Each role's largest batch once, so that a run that cannot fit fails in its first minute.
+
+    Lowers llm.token_budget, or gives up the dequantized copy of the weights, as the run itself would; returns the
+    update's token budget, lowered likewise. Weights, gradients and random states stay as they are. Raises UserError if
+    one row does not fit.
+    """
+    start = time.perf_counter()
+
+    def largest(role: str) -> Batch:
+        return work_of(replace(cfg, rollout_tokens=llm.token_budget, update_tokens=update_tokens), llm.kind)[role]
+
+    def smaller(role: str) -> None:
+        nonlocal update_tokens
+        batch = largest(role)
+        if role == "update":
+            update_tokens = halved(role, batch.rows, batch.prompt // batch.n + batch.new, update_tokens)
+        else:
+            make_smaller(llm, role, batch.rows, batch.prompt + batch.new)
+
+    for role in in_use(cfg):
+        run = rehearse_update if role == "update" else rehearse_rollout
+        within_memory(lambda run=run, role=role: run(llm, largest(role)), lambda role=role: smaller(role))  # type: ignore
+    torch.cuda.empty_cache()
+    print(f"the longest batch of each phase fits in memory ({time.perf_counter() - start:.0f} s)")
     return update_tokens
+
+
+@torch.no_grad()
+def rehearse_rollout(llm: Any, batch: Batch) -> None:
+    """The memory of a batch: a prefill, then one token behind a cache of full length."""
+    prompt = min(batch.prompt, llm.context - batch.new)
+    # Different second tokens: what prompts share is little, and the rest needs a mask. One is shorter: only then is
+    # there padding.
+    rows = [[llm.pad_id, i % 2**15] + [llm.pad_id] * (prompt - 2 - (i == 0)) for i in range(batch.prompts)]
+    with llm.inference(), few_layers(llm):
+        ids, mask, cache = prefill(llm, [row for row in rows for _ in range(batch.n)], batch.new)
+        if not batch.new:
+            return
+        for layer in cache.layers:
+            if not layer.is_initialized:  # not run
+                layer.lazy_initialization(*cache.layers[0].stores)
+            for store in layer.stores:
+                store.fill_(0)  # memory that is reserved is in use once it is written
+            layer.set_length(layer.length - 1)
+        see, length = fast.decoding_mask(mask, batch.new, llm.dtype), ids.shape[1] + batch.new
+        at = fast.positions(mask)[:, -1:] + batch.new
+        if llm.cuda_graph:
+            step = fast.FixedStep(llm.model, cache, see, length)
+            for _ in range(2):  # the second is captured
+                step(ids[:, -1:], at, length - 1)
+        else:
+            fast.next_logits(llm.model, ids[:, -1:], see[..., :length], at, cache)
+
+
+def rehearse_update(llm: Any, batch: Batch) -> None:
+    """The memory of a micro-batch: forward and backward pass, beside AdamW's moments, made in the first step."""
+    prompt = min(batch.prompt, llm.context - batch.new)
+    rows = [([llm.pad_id] * prompt, [[llm.pad_id] * batch.new] * batch.n)] * batch.prompts
+    parameters = [p for p in llm.model.parameters() if p.requires_grad]
+    moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
+    try:
+        with llm.training(), few_layers(llm):
+            llm.logps(*fast.segments_of(rows, llm.pad_id), temperature=1.0)[0].sum().backward()
+    finally:
+        del moments
+        for p in parameters:
+            p.grad = None
+
+
+@contextlib.contextmanager
+def few_layers(llm: Any) -> Iterator[None]:
+    """On a CPU, where a full pass takes as long as the work itself, only the first layer is run.
+
+    Layers need their memory one after the other, so it is nearly the same.
+    """
+    decoder = llm.model.get_base_model().get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if llm.kind != "cpu" or layers is None:
+        yield
+        return
+    decoder.layers = layers[:1]
+    try:
+        yield
+    finally:
+        decoder.layers = layers

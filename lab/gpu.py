@@ -10,6 +10,8 @@ for speed are meant for an H100. The step beside TRL needs `pip install trl`.
 
 import os
 
+from engine import loading
+
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported
 
 import argparse
@@ -36,11 +38,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
-import model
 import pop
 from config import PRESETS, Config
 from engine import fast
 from engine.memory import Batch, work_of
+from engine.prefill import prefill
 from lab import plan, steps
 from lab.plan import GIB, Shapes
 from model import LLM
@@ -102,8 +104,8 @@ class Part:
 
 def place(cap: float) -> tuple[torch.device, torch.dtype]:
     """Where to compute and in what: as model.load does, but in bf16 where a CPU rehearses for a card."""
-    device, dtype = model.pick_device()
-    model.use_expandable_segments()
+    device, dtype = loading.pick_device()
+    loading.use_expandable_segments()
     cap_memory(cap)
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny matrices: threads would wait for each other
@@ -312,15 +314,15 @@ def largest(llm: LLM, role: str, batch: Batch, group_size: int) -> None:
     elif batch.new:
         # The prompts share one token, so that the rest is a masked prefill; one is shorter, so that there is padding.
         prompts = [[1, 2 + i, *range(3, batch.prompt + 1 - (i == 0))] for i in range(batch.prompts)]
-        with torch.no_grad(), llm.held():
-            ids, mask, cache = llm._prefill([prompt for prompt in prompts for _ in range(batch.n)], batch.new)
+        with torch.no_grad(), llm.inference():
+            ids, mask, cache = prefill(llm, [prompt for prompt in prompts for _ in range(batch.n)], batch.new)
             length = ids.shape[1] + batch.new
             for layer in cache.layers:
                 layer.set_length(length - 1)
             at, see = torch.full_like(ids[:, -1:], length), fast.decoding_mask(mask, batch.new, llm.dtype)
             fast.next_logits(llm.model, ids[:, -1:], see[..., :length], at, cache)
     else:  # a prefix for each group
-        prefixes = [[1 + g] * (batch.prompt - batch.rest) for g in range(batch.beginnings)]
+        prefixes = [[1 + g] * (batch.prompt - batch.rest) for g in range(batch.prefixes)]
         llm.choice_probs([p + [1 + i] * batch.rest for p in prefixes for i in range(group_size)], [48, 49, 50])
 
 
@@ -347,7 +349,7 @@ def decoding(s: Part) -> None:
             s.say(f"{way}: left out, as the card has no room for it")
             continue
         cap_memory(0 if dequantize else s.cap)
-        llm.dequantize, llm.cuda_graph, llm.unpacked = dequantize, graph, None
+        llm.dequantize, llm.cuda_graph, llm._forwards = dequantize, graph, None
         for rows in (4, 8) if s.rehearse else (4, 32, 64):
             with s.alone(f"{way}, {rows} rows"):
                 prefill, whole = (min(seconds(rows, tokens) for _ in range(2)) for tokens in (1, new))

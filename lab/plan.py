@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from config import FACTS_TOKENS, Config
 from data import UserError
 from engine.crutches import TRIES_AT_ONCE
-from engine.memory import LOGITS_CHUNK_BYTES, READ_TOKENS, TOKENS_PER_WORD, Batch, Device, in_use, work_of
-from model import check_code, check_hub, pick_device, resolve
+from engine.loading import check_hub, pick_device, resolve
+from engine.memory import LOGITS_CHUNK_BYTES, PREFILL_TOKENS, TOKENS_PER_WORD, Batch, Device, in_use, work_of
 
 GIB = 2**30
 # In memory beside the model. CUDA: its context and workspaces. CPU: imports 0.2, then tokenizer and threads.
@@ -94,7 +94,7 @@ def shapes_of(name: str) -> Shapes:
         source = resolve(name)
         check_hub(source)
         try:
-            config = check_code(source).get_text_config()
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
         except (OSError, ValueError) as error:  # a broken file
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"cannot read config.json of {source}: {reason}") from None
@@ -145,7 +145,7 @@ def predict(
             activations = update_bytes(shapes, batch, dtype, cfg.lora_r, cfg.recompute, LOGITS_CHUNK_BYTES[device])
             result[role] = resident + 4 * lora + casts + weight + activations
         else:
-            activations = rollout_bytes(shapes, batch, dtype, READ_TOKENS[device])
+            activations = rollout_bytes(shapes, batch, dtype, PREFILL_TOKENS[device])
             result[role] = resident + casts + (copy if dequantize else weight) + activations
     return {role: CONTEXT[device] + int(size * KEPT[device][role == "update"]) for role, size in result.items()}
 
@@ -167,9 +167,9 @@ def rollout_bytes(shapes: Shapes, batch: Batch, dtype: int, chunk: int) -> int:
         return batch.rows * (batch.prompt + batch.new) * kv + max(prefill, logits)
     # The prefixes' cache; then rows with a copy of theirs, masked, which attention needs for every query head.
     shared = batch.prompt - batch.rest
-    first = min(batch.beginnings * shared, max(chunk, shared)) * (token + kv)
+    first = min(batch.prefixes * shared, max(chunk, shared)) * (token + kv)
     rest = batch.prompts * (batch.rest * token + batch.prompt * (kv + 2 * q * dtype + batch.rest * dtype))
-    return batch.beginnings * shared * kv + max(first, rest)
+    return batch.prefixes * shared * kv + max(first, rest)
 
 
 def update_bytes(shapes: Shapes, batch: Batch, dtype: int, lora_r: int, recompute: bool, chunk: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 import model
 import pop
@@ -172,11 +172,10 @@ class Ours:
         left = {tuple(self.llm.encode("", e.problem)): [a.ids for a in e.answers] for e in self.recorded}
         decode = fast.decode
 
-        def given(lm: Any, input_ids: torch.Tensor, logits_processor: Any, *rest: Any, **named: Any) -> torch.Tensor:
-            kept = named["mask"].bool()
-            rows = [left[tuple(ids[some].tolist())].pop() for ids, some in zip(input_ids, kept, strict=True)]
+        def given(llm: Any, ids: torch.Tensor, mask: torch.Tensor, *rest: Any, processors: Any, **named: Any) -> Any:
+            rows = [left[tuple(row[some].tolist())].pop() for row, some in zip(ids, mask.bool(), strict=True)]
             replay = Replay(rows, self.llm.eos_ids[0])
-            return decode(lm, input_ids, LogitsProcessorList([*logits_processor, replay]), *rest, **named)
+            return decode(llm, ids, mask, *rest, processors=[*processors, replay], **named)
 
         fast.decode = given  # type: ignore[assignment]
         try:

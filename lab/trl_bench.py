@@ -18,9 +18,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 import rubric
 from data import UserError
-from engine.fast import batches, positions
+from engine.fast import batches, padded, positions
+from engine.loading import resolve
 from lab.steps import Meter, Replay, Work, recorded
-from model import LLM, resolve
+from model import LLM
 
 
 class Reader(LLM):
@@ -191,7 +192,8 @@ class Theirs:
         llm.model.eval()
         with llm.model.disable_adapter():
             for indices in batches([[i] for i in range(len(rows))], [len(row) for row in rows], self.token_budget):
-                ids, mask = llm.pad([rows[i] for i in indices], side="left")
+                ids = padded([rows[i] for i in indices], -1, "left").to(llm.device)
+                ids, mask = ids.clamp(min=0), (ids >= 0).long()
                 named: dict[str, Any] = dict(position_ids=positions(mask), use_cache=False, logits_to_keep=1)
                 logits = llm.model(input_ids=ids, attention_mask=mask, **named).logits
                 probs = logits[:, -1, digits].float().softmax(-1).cpu()  # (B, 3)

@@ -129,7 +129,7 @@ def move(llm: Any) -> Any:
                     vars(part).update({k: OnDevice(v) for k, v in vars(part).items() if isinstance(v, torch.Tensor)})
                 moved.quant_state = state
         module._buffers |= {name: OnDevice(b) for name, b in module._buffers.items() if b is not None}
-    llm.unpacked = None
+    llm._forwards = None  # made of the tensors before
     return llm
 
 

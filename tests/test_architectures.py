@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from data import UserError
-from engine import fast
+from engine import fast, memory
 from model import LLM, load
 
 TOKENS = dict(
@@ -188,8 +188,8 @@ def test_log_probs_and_gradients_of_shared_rows_are_those_of_each_completion_alo
 
 
 def test_rehearsals_run_on_every_architecture(pair):
-    pair.llm.rehearse(prompts=2, prompt=12, new=4, n=2)
-    pair.llm.rehearse_update(prompts=2, prompt=12, new=4, n=2)
+    memory.rehearse_rollout(pair.llm, memory.Batch(prompts=2, prompt=12, new=4, n=2))
+    memory.rehearse_update(pair.llm, memory.Batch(prompts=2, prompt=12, new=4, n=2))
 
 
 def test_a_config_that_asks_for_eager_attention_changes_no_gradient(tmp_path):

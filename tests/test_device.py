@@ -15,8 +15,9 @@ from test_pop import group
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pop
-from engine import fast, memory
-from engine.forms import Field
+from engine import fast, loading, memory
+from engine.constrained import Field
+from engine.prefill import prefill
 from model import LLM, Completion, load
 
 pytestmark = pytest.mark.skipif(not fakedevice.available, reason="no hook for a device in Python, or a real GPU")
@@ -71,7 +72,7 @@ def test_the_device_counts_what_costs_time():
 
 
 def test_what_is_checked_at_load():
-    fakedevice.move(tiny_llm())._check_exact()
+    loading.check_exact(fakedevice.move(tiny_llm()))
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -92,7 +93,7 @@ def test_forms(temperature, cuda_graph):
     def work(llm):
         llm.cuda_graph = cuda_graph
         forms = [FORM, SHORT] * len(PROMPTS)
-        return written(llm.generate(PROMPTS, n=2, max_new_tokens=70, temperature=temperature, forms=forms))
+        return written(llm.generate(PROMPTS, n=2, max_new_tokens=70, temperature=temperature, templates=forms))
 
     there, here = on_both(work)
     assert there == here
@@ -150,11 +151,11 @@ def test_updates(loss):
 
     def work(llm):
         episodes = [group(llm, [0.1 * seed, 0.5, 0.9, 0.2], seed, "Why?" * seed) for seed in (1, 2, 5)]
-        optimizer, scheduler = pop.make_optimizer(llm, cfg)
+        state = pop.new_state(llm, cfg)
         before = copies(pop.trainable(llm))
         gradients: list[torch.Tensor] = []
-        optimizer.register_step_pre_hook(lambda *_: gradients.extend(copies(p.grad for p in pop.trainable(llm))))
-        metrics = pop.update(llm, optimizer, scheduler, episodes, cfg)
+        state.optimizer.register_step_pre_hook(lambda *_: gradients.extend(copies(p.grad for p in pop.trainable(llm))))
+        metrics = pop.update(llm, state, episodes, cfg)
         assert not any(torch.equal(a, b) for a, b in zip(before, copies(pop.trainable(llm)), strict=True))
         return metrics, gradients
 
@@ -167,14 +168,16 @@ def test_updates(loss):
 
 def test_rehearsals():
     llm = fakedevice.move(tiny_llm())
-    llm.rehearse(prompts=3, prompt=30, new=8, n=2)
-    llm.rehearse(prompts=2, prompt=30, new=0, n=2)
-    llm.rehearse_update(prompts=2, prompt=30, new=8, n=2)
-    assert all(p.grad.cpu().isfinite().all() for p in pop.trainable(llm))
+    gradients: list[bool] = []
+    for p in pop.trainable(llm):
+        p.register_hook(lambda grad: gradients.append(bool(grad.cpu().isfinite().all())))
+    memory.rehearse_rollout(llm, memory.Batch(prompts=3, prompt=30, new=8, n=2))
+    memory.rehearse_rollout(llm, memory.Batch(prompts=2, prompt=30, n=2))
+    memory.rehearse_update(llm, memory.Batch(prompts=2, prompt=30, new=8, n=2))
+    assert len(gradients) == 28 and all(gradients)
     cfg = replace(pop.Config(), max_words=60, max_new_tokens=16, documents=1, group_size=2, rubric_answers=1)
-    budgets = dict.fromkeys(pop.new_progress(cfg)["budgets"], 400)
-    memory.try_longest(llm, cfg, budgets)
-    assert set(budgets.values()) == {400}
+    llm.token_budget = 400
+    assert memory.rehearse(llm, cfg, 400) == llm.token_budget == 400
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
@@ -214,7 +217,7 @@ def step_of(rows: int, forms: bool, cuda_graph: bool, watch: tuple[str, ...] = (
     for new in (8, 24):
         with fakedevice.counted() as counts:
             filled = [endless[i % 2] for i in range(rows)] if forms else None
-            ids = written(llm.generate(prompts, max_new_tokens=new, temperature=1.0, forms=filled, watch=watch))
+            ids = written(llm.generate(prompts, max_new_tokens=new, temperature=1.0, templates=filled, watch=watch))
         assert [len(row) for row in ids] == [new] * rows
         totals.append(vars(counts))
     few, many = totals
@@ -239,7 +242,7 @@ def test_to_watch_replies_takes_one_more_kernel_a_step_and_no_waiting():
 def test_a_fixed_step_never_waits_and_uploads_nothing():
     """Or it could not be captured as a CUDA graph."""
     llm = fakedevice.move(tiny_llm())
-    ids, mask, cache = llm._prefill(PROMPTS, 4)
+    ids, mask, cache = prefill(llm, PROMPTS, 4)
     room = fast.additive(torch.nn.functional.pad(mask, (0, 4), value=1).bool(), torch.float32)[:, None, None]
     step = fast.FixedStep(llm.model, cache, room, written=ids.shape[1])
     step.ids.copy_(ids[:, -1:])

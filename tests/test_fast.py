@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from test_model import END, PROMPTS, greedy, lora_gradients, naive_logps, random_ids
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from data import UserError
-from engine import fast
-from engine.forms import Field
+from engine import fast, memory
+from engine.constrained import Field
+from engine.prefill import prefill
 from model import LLM
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -46,7 +47,7 @@ def test_a_packed_linear_layer_equals_the_product_in_float64(rows, bias):
     torch.testing.assert_close(fast.linear(weight, b)(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_held_weights_follow_the_adapters(llm):
+def test_prepared_forwards_follow_the_adapters(llm):
     """Trained, switched off and on again: each time the copy is the one that fits."""
     llm.dequantize = True
 
@@ -68,7 +69,7 @@ def test_held_weights_follow_the_adapters(llm):
                 p.mul_(-1)
     assert both() != first
     usual = {module: module.forward for module in llm.model.modules() if isinstance(module, LoraLayer)}
-    with llm.held():
+    with llm.inference():
         assert all(module.forward is not forward for module, forward in usual.items())
     assert all(module.forward is forward for module, forward in usual.items())
 
@@ -76,9 +77,9 @@ def test_held_weights_follow_the_adapters(llm):
 def test_the_copy_of_the_weights_is_let_go_for_training(llm):
     llm.dequantize = True
     greedy(llm)
-    assert llm.unpacked is not None
+    assert llm._forwards is not None
     with llm.training():
-        assert llm.unpacked is None
+        assert llm._forwards is None
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
@@ -91,7 +92,7 @@ def test_in_16_bits_adapters_too_small_for_the_weights_rounding_still_count(llm,
         layer.lora_A["default"].weight.fill_(0.01).mul_(torch.arange(32) % 2)
         layer.lora_B["default"].weight.fill_(0.01)
     x = torch.tensor([1.0, -1.0] * 16, dtype=torch.bfloat16)[None]
-    y = fast.held_forwards(llm.model, torch.bfloat16, with_adapters=True, dequantize=dequantize)[layer](x)
+    y = fast.prepared_forwards(llm.model, torch.bfloat16, with_adapters=True, dequantize=dequantize)[layer](x)
     expected = -2 * 4 * 0.01 * 0.01 * 16  # scale x rank x B x A x inputs
     torch.testing.assert_close(y.float(), torch.full((1, 32), expected), rtol=0.02, atol=0)
 
@@ -104,16 +105,16 @@ def test_in_16_bits_adapters_are_rounded_once_for_a_phase():
         if "lora_" in name:
             p.data = p.data.float()
     llm = LLM(llm.model, llm.tokenizer, dtype=torch.bfloat16)
-    with llm.held():
-        kept = dict(llm.unpacked[1])
+    with llm.inference():
+        kept = dict(llm._forwards[1])
     greedy(llm)
-    assert llm.unpacked[1] == kept and set(kept) == set(fast.lora_layers(llm.model))
+    assert llm._forwards[1] == kept and set(kept) == set(fast.lora_layers(llm.model))
     with torch.no_grad():
         for name, p in llm.model.named_parameters():
             if "lora_B" in name:
                 p.mul_(-1)
-    with llm.held():
-        assert not set(llm.unpacked[1].values()) & set(kept.values())
+    with llm.inference():
+        assert not set(llm._forwards[1].values()) & set(kept.values())
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -127,7 +128,7 @@ def test_a_reserved_cache_holds_what_a_growing_one_holds():
     plain, chosen = DynamicCache(), torch.tensor([2, 0, 0])
     first = some(3, 5)
     plain.update(*first, 0)
-    reserved = fast.copied(plain, chosen, 9)
+    reserved = fast.reserve(plain, chosen, 9, keep=True)
     expected = [tensor[chosen] for tensor in first]
     for tokens in (1, 3):
         more = some(3, tokens)
@@ -145,8 +146,8 @@ def test_a_reserved_cache_is_finite_where_nothing_is_written(monkeypatch):
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *shape, **kind: empty(*shape, **kind).fill_(torch.nan))
     layer, states = fast.Reserved(3, 9), torch.ones(2, 2, 5, 4)
-    layer.take(states, states, torch.tensor([0, 1]), torch.tensor([0, 2]))
-    layer.take(states[:, :, :2], states[:, :, :2], torch.tensor([0]), torch.tensor([1]))
+    layer.take(states, states, torch.tensor([0, 2]))
+    layer.take(states[:1, :, :2], states[:1, :, :2], torch.tensor([1]))
     assert layer.get_seq_length() == 5 and all(store.isfinite().all() for store in layer.stores)
 
 
@@ -180,9 +181,9 @@ def test_a_rehearsal_makes_the_cache_of_each_layer_once(llm, monkeypatch):
     monkeypatch.setattr(fast.Reserved, "lazy_initialization", count)
     for quickly, llm.cuda_graph in ((True, False), (False, False), (False, True)):
         if not quickly:
-            monkeypatch.setattr(type(llm), "_quickly", lambda self: contextlib.nullcontext())
-        llm.rehearse(prompts=2, prompt=20, new=8, n=3)
-        assert made == [(6, 28)] * 2  # of two layers
+            monkeypatch.setattr(memory, "few_layers", lambda llm: contextlib.nullcontext())
+        memory.rehearse_rollout(llm, memory.Batch(prompts=2, prompt=20, new=8, n=3))
+        assert [shape for shape in made if shape[1] == 28] == [(6, 28)] * 2  # of two layers
         made.clear()
 
 
@@ -214,7 +215,7 @@ def test_no_row_of_a_mask_sees_nothing():
 @settings(derandomize=True, database=None, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=12))
 def test_groups_of_rows_begin_alike_and_leave_no_more_to_read(rows):
-    groups = fast.shared_beginnings(rows)
+    groups = fast.shared_prefixes(rows)
     assert sorted(i for members, _ in groups for i in members) == list(range(len(rows)))
     for members, common in groups:
         assert len({tuple(rows[i][:common]) for i in members}) == 1
@@ -225,7 +226,7 @@ def test_groups_of_rows_begin_alike_and_leave_no_more_to_read(rows):
 
 def test_copies_of_a_prompt_are_read_but_for_the_last_token():
     a, b = [1, 2, 3, 4], [1, 2, 7]
-    assert fast.shared_beginnings([a, b, a, b, a, b]) == [([0, 2, 4], 3), ([1, 3, 5], 2)]
+    assert fast.shared_prefixes([a, b, a, b, a, b]) == [([0, 2, 4], 3), ([1, 3, 5], 2)]
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -272,33 +273,13 @@ def test_finished_rows_leave_the_batch_once_they_are_a_quarter_of_it(llm, cuda_g
             return scores
 
     def written(prompts, stops):
-        ids, mask, cache = llm._prefill(prompts, 12)
-        config = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=[END], pad_token_id=END)
-        output = fast.decode(
-            llm.model,
-            ids,
-            LogitsProcessorList([Stop(stops)]),
-            config,
-            mask=mask,
-            reserved=cache,
-            dtype=torch.float32,
-            cuda_graph=cuda_graph,
-            progress=lambda tokens: None,
-        )
-        return [row[:stop].tolist() for row, stop in zip(output[:, ids.shape[1] :], stops, strict=True)]
+        ids, mask, cache = prefill(llm, prompts, 12)
+        llm.cuda_graph = cuda_graph
+        output = fast.decode(llm, ids, mask, cache, 12, [END], processors=[Stop(stops)])
+        return [row[:stop].tolist() for row, stop in zip(output, stops, strict=True)]
 
     together = written(PROMPTS, stops)
-    assert widths == [
-        5,
-        5,
-        5,
-        3,
-        3,
-        2,
-        2,
-        2,
-        2,
-    ]  # one of five ends, then another, then one of three
+    assert widths == [5, 5, 5, 3, 3, 2, 2, 2, 2]  # one of five ends, then another, then one of three
     assert together == [written([prompt], [stop])[0] for prompt, stop in zip(PROMPTS, stops, strict=True)]
 
 
@@ -312,19 +293,22 @@ def test_steps_as_a_graph_needs_them_write_what_others_write(llm, n):
     assert greedy(llm, [[65]], n=n, max_new_tokens=60) == [usual[len(PROMPTS)]]  # nothing is in its cache at first
     form = [Field("a: ", choices=("0", "1", "2")), Field("b:", 6, min_tokens=2, distinct=True)]
     forms = [form] * (n * len(prompts))
-    with_forms = greedy(llm, prompts, n=n, max_new_tokens=30, forms=forms)
+    with_forms = greedy(llm, prompts, n=n, max_new_tokens=30, templates=forms)
     llm.cuda_graph = False
-    assert greedy(llm, prompts, n=n, max_new_tokens=30, forms=forms) == with_forms
+    assert greedy(llm, prompts, n=n, max_new_tokens=30, templates=forms) == with_forms
 
 
-def test_a_fixed_step_takes_the_cache_over(llm):
+def test_a_fixed_step_writes_to_the_cache_it_is_given_and_gives_it_up_with_it(llm):
     """Where rows leave, their cache must not stay in memory beside the smaller one."""
-    ids, _, cache = llm._prefill(PROMPTS, 4)
+    ids, _, cache = prefill(llm, PROMPTS, 4)
     width = ids.shape[1] + 4
+    stores = [store.data_ptr() for layer in cache.layers for store in layer.stores]
     step = fast.FixedStep(llm.model, cache, torch.zeros(len(PROMPTS), 1, 1, width), written=ids.shape[1])
-    assert all(layer.stores == [] and layer.keys is None for layer in cache.layers)
+    step(ids[:, -1:], torch.zeros_like(ids[:, -1:]), ids.shape[1] - 1)
+    assert [store.data_ptr() for layer in step.cache.layers for store in layer.stores] == stores
     fast.reserve(step.cache, torch.tensor([0]), width)
-    assert all(layer.stores == [] and layer.keys is None for layer in step.cache.layers)
+    for layers in (cache.layers, step.cache.layers):
+        assert all(layer.stores == [] and layer.keys is None for layer in layers)
 
 
 def sliding_llm(window: int | None) -> LLM:

@@ -4,7 +4,6 @@ import errno
 import gc
 import json
 import os
-import random
 import resource
 import signal
 import weakref
@@ -16,9 +15,13 @@ import training
 from conftest import tiny_llm
 from test_pop import group
 
+import model as model_module
 import pop
 from data import Document, UserError
 from engine import checkpoint, fast, memory, runlog, signals
+from engine.constrained import Field
+from engine.prefill import last_states
+from model import LLM
 from rubric import Answer, Criterion, Episode
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -43,54 +46,33 @@ def metrics(tmp_path):
     return training.lines(tmp_path / "run" / "metrics.jsonl")
 
 
-def fails_above(monkeypatch, owner, name, rows, rows_of):
-    """Make a function run out of memory whenever its batch has more than `rows` rows; returns the row counts tried."""
-    real, tried = getattr(owner, name), []
-
-    def limited(*args, **kwargs):
-        tried.append(rows_of(*args, **kwargs))
-        if tried[-1] > rows:
-            raise OOM
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, limited)
-    return tried
-
-
 # -------------------------------------------------------------------------------------------------------- memory
 
 
-def limit_phase(monkeypatch, phase, rows, error):
-    """Memory for `rows` rows only, wherever the model computes within one phase; the rehearsals are left alone."""
-    monkeypatch.setattr(memory, "try_longest", lambda *_: None)
-    real, active = memory.within_memory, []
+@pytest.fixture
+def limit(monkeypatch):
+    """limit(rows, error): memory for so many rows only, in generation, choices and training; returns the rows tried."""
 
-    def entered(llm, name, *rest):
-        active.append(name)
-        try:
-            return real(llm, name, *rest)
-        finally:
-            active.pop()
+    def limited(rows, error=OOM):
+        tried = []
 
-    monkeypatch.setattr(memory, "within_memory", entered)
-    monkeypatch.setattr(pop, "within_memory", entered)
-    forward = pop.LLM.hidden, pop.LLM._prefill
+        def checked(real, count):
+            def call(*args, **named):
+                tried.append(count(*args))
+                if tried[-1] > rows:
+                    torch.rand(1)  # a failed try has drawn random numbers
+                    raise error
+                return real(*args, **named)
 
-    def checked(llm):
-        if active[-1:] == [phase] and llm.batch[0] > rows:
-            raise error
+            return call
 
-    def hidden(self, *args):
-        checked(self)
-        return forward[0](self, *args)
+        for module in (model_module, memory):
+            monkeypatch.setattr(module, "prefill", checked(module.prefill, lambda llm, rows, new: len(rows)))
+        monkeypatch.setattr(model_module, "last_states", checked(last_states, lambda llm, rows: len(rows)))
+        monkeypatch.setattr(LLM, "logps", checked(LLM.logps, lambda llm, ids, *_: len(ids)))
+        return tried
 
-    def prefill(self, *args):
-        torch.rand(1)  # a failed try has drawn random numbers
-        checked(self)
-        return forward[1](self, *args)
-
-    monkeypatch.setattr(pop.LLM, "hidden", hidden)
-    monkeypatch.setattr(pop.LLM, "_prefill", prefill)
+    return limited
 
 
 @pytest.mark.parametrize(
@@ -119,62 +101,63 @@ def test_memory_that_ran_out_is_told_from_other_errors(error, full):
         assert memory.out_of_memory(another) is full
 
 
-@pytest.mark.parametrize(
-    ("phase", "error"),
-    [("propose", OOM), ("solve", CPU_OOM), ("rubric", OOM), ("judge", OOM), ("update", CPU_OOM)],
-    ids=["propose", "solve", "rubric", "judge", "update"],
-)
-def test_out_of_memory_in_a_phase_halves_its_budget_and_the_run_goes_on(
-    played, tmp_path, monkeypatch, capsys, phase, error
+FORM = [Field("a: ", choices=("0", "1", "12")), Field("b:", 6, min_tokens=2, distinct=True)]
+
+
+def generated(llm):
+    prompts = [llm.text_ids(text) for text in ("Why?", "How so?", "Why not, then?")]
+    options = dict(n=4, max_new_tokens=20, temperature=1.0, templates=[FORM] * 12, watch=("0", "1"), desc="solve")
+    return llm.generate(prompts, **options)
+
+
+def chosen(llm):
+    rows = [llm.text_ids(text + mark) for text in ("Why", "How") for mark in ".,!?"]
+    return llm.choice_probs(rows, [48, 49, 50], desc="solve").tolist()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize(("work", "rows"), [(generated, 5), (generated, 1), (chosen, 2)])
+@pytest.mark.parametrize("error", [OOM, CPU_OOM], ids=["CUDA", "CPU"])
+def test_a_batch_that_does_not_fit_gives_what_a_small_budget_from_the_start_gives(
+    limit, capsys, work, rows, cuda_graph, error
 ):
-    limit_phase(monkeypatch, phase, 1, error)
-    flags = played(judge="generate", tries_at_once=2, tries=2)
+    """Same random states, fresh templates: failed tries leave no trace but the lower budget."""
+    tried, results, budget = limit(rows, error), [], 32_768
+    for _ in range(2):
+        llm = tiny_llm(cuda_graph=cuda_graph, token_budget=budget)
+        torch.manual_seed(5)
+        results.append((work(llm), torch.rand(1)))
+        budget = llm.token_budget
+        failed = [n for n in tried if n > rows]
+        tried.clear()
+        assert bool(failed) == (len(results) == 1)
+    assert results[0] == results[1] and budget < 32_768
+    assert "out of memory in solve with " in capsys.readouterr().out
+
+
+def test_batches_before_one_that_does_not_fit_are_not_done_again(limit):
+    llm = tiny_llm(token_budget=120)
+    tried = limit(1)
+    llm.generate(
+        [[letter] * n for letter, n in zip(b"abcd", (60, 20, 20, 5), strict=True)], max_new_tokens=10, temperature=0
+    )
+    assert tried == [1, 3, 1, 1, 1] and llm.token_budget == 45  # half of 3 rows of 30 tokens
+
+
+def test_a_run_goes_on_where_memory_runs_out(played, tmp_path, limit, monkeypatch, capsys):
+    """In each role, the update, the audit and on the held-out set; the rehearsal is left alone."""
+    monkeypatch.setattr(memory, "rehearse", lambda llm, cfg, update_tokens: update_tokens)
+    tried = limit(1)
+    flags = played(judge="generate", tries=2, audit=2, eval_every=1, eval_documents=2, steps=1)
     assert pop.main(flags) == 0
-    first, last = (m["token_budgets"] for m in metrics(tmp_path))
-    started = pop.new_progress(pop.parse_args(flags))["budgets"]
-    assert {name for name in started if last[name] < started[name]} == {phase}
-    assert f"out of memory in {phase}" in capsys.readouterr().out
-    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
-    assert saved["progress"]["budgets"] == last
-    assert first[phase] >= last[phase] >= 1
+    assert max(tried) > 1 and "out of memory in " in capsys.readouterr().out
+    assert (tmp_path / "run" / "audit.json").exists()
+    assert metrics(tmp_path)[0]["heldout_length"] is not None
     for e in training.lines(tmp_path / "run" / "episodes.jsonl"):
         assert len(e["answers"]) <= 2 and len(e["rubric"]) <= 2
 
 
-def test_the_held_out_set_the_audit_and_the_watch_go_on_where_memory_runs_out(played, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "try_longest", lambda *_: None)
-    tried = fails_above(monkeypatch, pop.LLM, "_prefill", 2, lambda llm, *_: llm.batch[0])
-    assert pop.main(played(judge="generate", audit=2, eval_every=1, eval_documents=2, steps=1)) == 0
-    assert max(tried) > 2 and "out of memory in judge" in capsys.readouterr().out
-    assert (tmp_path / "run" / "audit.json").exists()
-    assert metrics(tmp_path)[0]["heldout_length"] is not None
-
-
-def test_a_retried_phase_writes_what_a_small_budget_from_the_start_writes(llm):
-    """Same random states, same records: the failed try leaves no trace."""
-    cfg = replace(pop.Config(), max_new_tokens=8, group_size=4)
-    written = []
-    for fail in (True, False):
-        rng, calls = random.Random(5), iter([fail])
-        torch.manual_seed(5)
-        episodes = [Episode(Document(p, ""), p) for p in ("Why?", "How so?")]
-        budgets = {"solve": 10_000}
-
-        def work(rng=rng, calls=calls, episodes=episodes, budgets=budgets):
-            if next(calls, False):
-                rng.random(), torch.rand(3), episodes[0].reject("judge", "half done", "")
-                llm.batch = (8, 20)
-                raise OOM
-            llm.token_budget = 80
-            pop.rubric.solve(llm, episodes, cfg)
-
-        memory.rollout(llm, "solve", work, rng, budgets, episodes)
-        assert budgets == {"solve": 80 if fail else 10_000}
-        written.append((episodes, rng.random(), torch.rand(1)))
-    assert written[0] == written[1]
-
-
-def test_the_failed_try_has_released_its_tensors_before_the_next(llm):
+def test_the_failed_try_has_released_its_tensors_before_the_next():
     held = []
 
     def work():
@@ -185,23 +168,21 @@ def test_the_failed_try_has_released_its_tensors_before_the_next(llm):
             return
         tensor = torch.zeros(10)
         held.append(weakref.ref(tensor))
-        llm.batch = (2, 5)
         raise torch.OutOfMemoryError("fresh: one that is kept elsewhere keeps its frames")
 
-    memory.within_memory(llm, "solve", work, lambda: None, {"solve": 100})
+    memory.within_memory(work, lambda: None)
     assert len(held) == 1
 
 
-def test_one_row_that_does_not_fit_ends_with_a_clear_error(llm):
-    def work():
-        llm.batch = (1, 900)
-        raise OOM
-
+def test_one_row_that_does_not_fit_ends_with_a_clear_error(llm, limit):
+    limit(0)
     with pytest.raises(UserError, match=r"out of memory in judge, even with one row \(900 tokens\): lower"):
-        memory.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
+        llm.generate([[65] * 890], max_new_tokens=10, temperature=0, desc="judge")
+    with pytest.raises(UserError, match=r"out of memory in judge, even with one row \(900 tokens\): lower"):
+        llm.choice_probs([[65] * 900], [48, 49], desc="judge")
 
 
-def test_other_errors_are_not_retried(llm):
+def test_other_errors_are_not_retried():
     calls = []
 
     def work():
@@ -209,27 +190,40 @@ def test_other_errors_are_not_retried(llm):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        memory.within_memory(llm, "judge", work, lambda: None, {"judge": 2000})
+        memory.within_memory(work, lambda: None)
     assert len(calls) == 1
 
 
-def test_where_a_copy_of_the_weights_does_not_fit_the_phase_goes_on_without_it(monkeypatch, capsys):
-    llm = tiny_llm(dequantize=True)
-    expected = llm.generate([[65, 66]], max_new_tokens=5, temperature=0)
-    usual = fast.held_forwards
+@pytest.mark.parametrize("work", [generated, chosen])
+def test_where_a_dequantized_copy_of_the_weights_does_not_fit_it_is_given_up_for_good(monkeypatch, capsys, work):
+    """Before the batch is made smaller: what is sampled does not change."""
+    results = []
+    usual = fast.prepared_forwards
 
     def full(model, dtype, adapted, dequantize):
         if dequantize:
+            torch.rand(1)
             raise OOM
         return usual(model, dtype, adapted, dequantize)
 
-    monkeypatch.setattr(fast, "held_forwards", full)
-    llm.unpacked, budgets = None, {"solve": 2000}
-    written = memory.within_memory(
-        llm, "solve", lambda: llm.generate([[65, 66]], max_new_tokens=5, temperature=0), lambda: None, budgets
-    )
-    assert (written, budgets, llm.dequantize) == (expected, {"solve": 2000}, False)
-    assert "without a copy of the weights" in capsys.readouterr().out
+    for fail in (False, True):
+        llm = tiny_llm(dequantize=fail)
+        if fail:
+            monkeypatch.setattr(fast, "prepared_forwards", full)
+        torch.manual_seed(5)
+        results.append((work(llm), torch.rand(1), llm.token_budget, llm.dequantize))
+    assert results[0] == results[1] and results[1][2:] == (32_768, False)
+    assert "from now on without a dequantized copy of the weights" in capsys.readouterr().out
+
+
+def test_the_dequantized_copy_is_let_go_before_the_batch_that_did_not_fit_beside_it(limit):
+    llm = tiny_llm(dequantize=True)
+    llm.generate([[65, 66]], max_new_tokens=2, temperature=0)
+    copies = [weakref.ref(forward) for forward in llm._forwards[1].values()]
+    limit(0)
+    with pytest.raises(UserError, match="one row"):
+        llm.generate([[65, 66]], max_new_tokens=2, temperature=0)
+    assert llm._forwards is None and not any(copy() for copy in copies)
 
 
 @pytest.mark.parametrize(("updates", "fails_at"), [(1, 1), (1, 3), (3, 1), (3, 3), (3, 5), (3, 7), (3, 9)])
@@ -261,25 +255,37 @@ def test_an_update_that_ran_out_of_memory_trains_as_if_it_had_not(monkeypatch, u
 # ---------------------------------------------------------------------------------------------------- rehearsals
 
 
-def test_the_rehearsal_leaves_weights_and_random_states_untouched(llm):
+def test_the_rehearsal_leaves_weights_and_random_states_untouched(llm, capsys):
     cfg = replace(pop.Config(), max_words=100, max_new_tokens=16, documents=2)
     weights = {name: p.clone() for name, p in llm.model.state_dict().items()}
     rng = torch.get_rng_state()
-    budgets = pop.new_progress(cfg)["budgets"]
-    memory.try_longest(llm, cfg, budgets)
+    assert memory.rehearse(llm, cfg, cfg.update_tokens) == cfg.update_tokens and llm.token_budget == 32_768
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(p, weights[name]) for name, p in llm.model.state_dict().items())
     assert all(p.grad is None for p in llm.model.parameters())
     assert len(llm.model.get_base_model().get_decoder().layers) == 2
-    assert budgets == pop.new_progress(cfg)["budgets"]
+    assert "the longest batch of each phase fits in memory" in capsys.readouterr().out
 
 
-def test_the_rehearsal_halves_the_budget_of_a_phase_that_does_not_fit(llm, monkeypatch):
+def test_the_rehearsal_halves_the_budgets_of_what_does_not_fit(llm, limit):
     cfg = replace(pop.Config(), max_words=100, max_new_tokens=16, documents=4, rubric_answers=1)
-    tried = fails_above(monkeypatch, llm, "_prefill", 4, lambda rows, new: len(rows))
-    budgets = pop.new_progress(cfg)["budgets"]
-    memory.try_longest(llm, cfg, budgets)
-    assert max(tried) > 4 and budgets["solve"] < cfg.rollout_tokens and budgets["update"] == cfg.update_tokens
+    tried = limit(2)
+    assert memory.rehearse(llm, cfg, cfg.update_tokens) == 32 * 87 // 2  # 4 rows of 8 answers, the prompt shared
+    assert max(tried) > 2 and llm.token_budget < cfg.rollout_tokens
+
+
+def test_the_rehearsal_gives_up_a_dequantized_copy_before_it_halves_a_budget(limit, monkeypatch):
+    llm, real = tiny_llm(dequantize=True), memory.rehearse_rollout
+
+    def rehearse_rollout(llm, batch):
+        if llm.dequantize:
+            raise OOM
+        real(llm, batch)
+
+    monkeypatch.setattr(memory, "rehearse_rollout", rehearse_rollout)
+    cfg = replace(pop.Config(), max_words=100, max_new_tokens=16, documents=2)
+    assert memory.rehearse(llm, cfg, cfg.update_tokens) == cfg.update_tokens
+    assert not llm.dequantize and llm.token_budget == 32_768
 
 
 def test_the_rehearsal_decodes_behind_a_cache_of_the_final_length(llm):
@@ -290,15 +296,17 @@ def test_the_rehearsal_decodes_behind_a_cache_of_the_final_length(llm):
     llm.model.register_forward_hook(
         lambda _, args, kwargs, output: seen.append((kwargs, lengths(kwargs))), with_kwargs=True
     )
-    llm.rehearse(prompts=2, prompt=30, new=10, n=3)
+    memory.rehearse_rollout(llm, memory.Batch(prompts=2, prompt=30, new=10, n=3))
     kwargs, after = seen[-1]
     assert kwargs["input_ids"].shape == (6, 1)
     assert after == [(6, 40), (6, 39)]  # only the first layer is run: the token just decoded is in its cache
 
 
-def test_a_run_that_cannot_fit_fails_before_its_first_step(played, tmp_path, monkeypatch):
-    monkeypatch.setattr(pop.LLM, "rehearse", lambda self, *_: (_ for _ in ()).throw(OOM))
-    with pytest.raises(UserError, match="out of memory in propose"):
+@pytest.mark.parametrize("role", ["propose", "update"])
+def test_a_run_that_cannot_fit_fails_before_its_first_step(played, tmp_path, monkeypatch, role):
+    owner = "rehearse_update" if role == "update" else "rehearse_rollout"
+    monkeypatch.setattr(memory, owner, lambda *_: (_ for _ in ()).throw(OOM))
+    with pytest.raises(UserError, match=f"out of memory in {role}, even with one row"):
         pop.main(played())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

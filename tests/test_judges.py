@@ -21,7 +21,7 @@ import torch
 from benchmarks import judges
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Verdict
 from data import UserError
-from engine.forms import Field
+from engine.constrained import Field
 
 KEY = "sk-secret-0123456789"
 FORM = [Field("Rating: ", choices=tuple(map(str, range(1, 11))))]
@@ -82,7 +82,7 @@ def test_a_local_judge_has_its_adapters_off(llm):
                 parameter.normal_(std=3.0)
     assert asked(judge, longer(12)) == before
     prompts = [llm.encode_messages(q.messages) for q in longer(12)]
-    adapted = llm.generate(prompts, max_new_tokens=16, temperature=0, forms=[FORM] * 12)
+    adapted = llm.generate(prompts, max_new_tokens=16, temperature=0, templates=[FORM] * 12)
     assert [c.text for (c,) in adapted] != [before[f"q{i}"].reply for i in range(12)]
 
 

@@ -31,9 +31,11 @@ from transformers import (
 )
 
 from data import UserError
+from engine import fast
+from engine.constrained import Field
 from engine.fast import batches
-from engine.forms import Field
-from model import LLM, Completion, load, pick_device, resolve, use_expandable_segments
+from engine.loading import pick_device, resolve, use_expandable_segments
+from model import LLM, Completion, load
 
 END, START, STOP = 256, 257, 258  # ids of the byte tokenizer's <|end|>, <|start|>, <|stop|>
 NEWLINE = byte_tokenizer()("\n").input_ids[0]
@@ -142,11 +144,10 @@ def test_training_recomputes_the_layers_in_the_backward_pass_if_asked_and_ends_i
     assert not llm.model.training
 
 
-def test_pad_fills_either_side_and_masks_by_position(llm):
-    left, left_mask = llm.pad([[1, END], [2, 3, 4]], side="left")
-    right, right_mask = llm.pad([[1, END], [2, 3, 4]])
-    assert left.tolist() == [[END, 1, END], [2, 3, 4]] and left_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert right.tolist() == [[1, END, END], [2, 3, 4]] and right_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+def test_padding_fills_either_side():
+    rows = [[1, END], [2, 3, 4]]
+    assert fast.padded(rows, END, "left").tolist() == [[END, 1, END], [2, 3, 4]]
+    assert fast.padded(rows, END).tolist() == [[1, END, END], [2, 3, 4]]
 
 
 # ------------------------------------------------------------------------------------------------- generation
@@ -332,7 +333,7 @@ def test_watched_replies_count_all_their_spellings_whatever_may_be_written():
     zero, one = (llm.tokenizer.convert_tokens_to_ids(["0", "1"]), llm.tokenizer.convert_tokens_to_ids(["Ġ0", "Ġ1"]))
     spellings = [{*pair} for pair in zip(zero, one, strict=True)] + [set(llm.text_ids("2"))]
     form = [Field("Rating: ", choices=("0", "2")), Field("why: ", max_tokens=9)]
-    for options in ({}, {"forms": [form] * len(PROMPTS)}):
+    for options in ({}, {"templates": [form] * len(PROMPTS)}):
         groups = llm.generate(PROMPTS, max_new_tokens=30, temperature=0.7, watch=REPLIES, **options)
         check_watched(llm, groups, spellings)
 
@@ -500,7 +501,7 @@ def filled() -> tuple[LLM, list[tuple[list[Field], list[list[int]]]]]:
     prompts = [random_ids(2 + 7 * number % 30, seed=number) for number in range(40)]
     torch.manual_seed(0)
     results = llm.generate(
-        prompts, n=3, max_new_tokens=150, temperature=1.0, forms=[f for f in forms for _ in range(3)]
+        prompts, n=3, max_new_tokens=150, temperature=1.0, templates=[f for f in forms for _ in range(3)]
     )
     return llm, [
         (form, values(llm, form, completion))
@@ -531,7 +532,7 @@ def test_distinct_values_begin_with_different_tokens(llm):
         return [value[0] for value in values(llm, form, fill(llm, form))]
 
     def fill(llm, form) -> Completion:
-        return llm.generate([PROMPTS[0]], max_new_tokens=80, temperature=0, forms=[form])[0][0]
+        return llm.generate([PROMPTS[0]], max_new_tokens=80, temperature=0, templates=[form])[0][0]
 
     assert len(set(beginnings(distinct=False))) < 8  # otherwise the next line would prove nothing
     assert len(set(beginnings(distinct=True))) == 8
@@ -543,14 +544,14 @@ TEXTS = ("tin", "tin can", "to", "a long one, with a comma", "a long one")  # tw
 def test_a_value_with_choices_is_one_of_them_and_each_can_come(llm):
     form = [Field("> ", choices=TEXTS), Field("end: ", choices=("0",))]
     torch.manual_seed(0)
-    completions = llm.generate([PROMPTS[0]], n=2000, max_new_tokens=60, temperature=1.0, forms=[form] * 2000)[0]
+    completions = llm.generate([PROMPTS[0]], n=2000, max_new_tokens=60, temperature=1.0, templates=[form] * 2000)[0]
     assert {c.text for c in completions} == {f"> {text}\nend: 0" for text in TEXTS}
     assert all(c.finished for c in completions)
 
 
 def test_distinct_choices_differ_until_all_were_taken(llm):
     form = [Field(f"{k}. ", choices=TEXTS, distinct=True) for k in range(6)]
-    for completion in llm.generate([PROMPTS[0]], n=20, max_new_tokens=200, temperature=1.0, forms=[form] * 20)[0]:
+    for completion in llm.generate([PROMPTS[0]], n=20, max_new_tokens=200, temperature=1.0, templates=[form] * 20)[0]:
         lines = [line[3:] for line in completion.text.split("\n")]
         assert sorted(lines[:5]) == sorted(TEXTS) and lines[5] in TEXTS
 
@@ -559,7 +560,7 @@ def test_a_choice_comes_with_the_models_own_probability(llm):
     """Of "to" and "tin" the second token decides; a longer text is no likelier for its length."""
     form = [Field("> t", choices=("to", "tin"))]
     n = 2000
-    completions = llm.generate([PROMPTS[0]], n=n, max_new_tokens=20, temperature=1.0, forms=[form] * n)[0]
+    completions = llm.generate([PROMPTS[0]], n=n, max_new_tokens=20, temperature=1.0, templates=[form] * n)[0]
     ids = torch.tensor([PROMPTS[0] + llm.text_ids("> tt")])
     with torch.no_grad():
         logits = llm.model(input_ids=ids).logits[0, -1].double()
@@ -571,7 +572,7 @@ def test_a_choice_comes_with_the_models_own_probability(llm):
 def test_no_value_is_blank(llm):
     form = [Field("A: ", max_tokens=1)]
     torch.manual_seed(0)
-    for completion in llm.generate([PROMPTS[0]], n=3000, max_new_tokens=6, temperature=1.5, forms=[form] * 3000)[0]:
+    for completion in llm.generate([PROMPTS[0]], n=3000, max_new_tokens=6, temperature=1.5, templates=[form] * 3000)[0]:
         assert llm.decode(values(llm, form, completion)[0]).strip(" \t")
 
 
@@ -811,7 +812,7 @@ def test_an_adapter_that_would_not_be_applied_exactly_is_refused(tmp_path, kind,
 
 @pytest.fixture
 def nf4(folder, monkeypatch) -> LLM:
-    monkeypatch.setattr("model.pick_device", lambda: (torch.device("cpu"), torch.float32))
+    monkeypatch.setattr("engine.loading.pick_device", lambda: (torch.device("cpu"), torch.float32))
     llm = load(str(folder), load_in="4bit", lora_r=4, lora_alpha=8)
     torch.manual_seed(1)
     scramble(llm)
@@ -853,7 +854,7 @@ def test_dequantized_weights_give_the_same_greedy_tokens_and_are_gone_afterwards
 
 def test_each_completion_fills_in_its_own_form(llm):
     forms = [[Field(f"{number}: ", 3)] for number in range(6)]
-    groups = llm.generate(PROMPTS[:2], n=3, max_new_tokens=20, temperature=1.0, forms=forms)
+    groups = llm.generate(PROMPTS[:2], n=3, max_new_tokens=20, temperature=1.0, templates=forms)
     assert [[c.text[:2] for c in group] for group in groups] == [["0:", "1:", "2:"], ["3:", "4:", "5:"]]
 
 

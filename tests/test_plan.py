@@ -67,7 +67,7 @@ def test_resident_memory_is_weights_adapters_and_moments():
     batch = Batch(1, 1, 1)
     solve = predict(TINY, {"solve": batch}, "cuda", fp32)["solve"]
     adapters_and_moments = (4 + 8) * TINY.lora_params(4)
-    batch_bytes = plan.rollout_bytes(TINY, batch, 4, memory.READ_TOKENS["cuda"])
+    batch_bytes = plan.rollout_bytes(TINY, batch, 4, memory.PREFILL_TOKENS["cuda"])
     assert solve == CONTEXT["cuda"] + 4 * TINY.params + adapters_and_moments + batch_bytes
     on_cpu = predict(TINY, {}, "cpu", fp32)["load"]
     assert on_cpu - CONTEXT["cpu"] == int(1.05 * (loaded - CONTEXT["cuda"]))
@@ -160,7 +160,7 @@ def test_the_logits_judge_holds_the_prefixes_of_one_batch_at_a_time():
     cfg = replace(config_of("24gb"), judge="logits", documents=2, oversample=1.0)
     few, many = (work_of(replace(cfg, documents=n))["judge"] for n in (2, 200))
     # 49,152 tokens are 21 rows of 450 + 512 + 250 + 1,024, or 2 groups of 8 answers with one prefix each.
-    assert few == many and (many.prompt, many.beginnings, many.rest) == (2_236, 2, 1_024 + memory.QUESTION)
+    assert few == many and (many.prompt, many.prefixes, many.rest) == (2_236, 2, 1_024 + memory.QUESTION)
     # In 5,000 there is room for two rows: a group is judged in four pieces, its prefix in each.
     small, large = (plan.tokens_of(replace(cfg, rollout_tokens=n))["judge"][0] for n in (5_000, 49_152))
     assert small - large == 3 * 2 * 5 * (many.prompt - many.rest)
@@ -198,7 +198,7 @@ def test_the_prefill_is_in_chunks_so_that_more_documents_cost_only_their_cache()
     cfg = config_of("24gb")
     batch = Batch(prompts=40, prompt=1_000, new=100)
     twice = replace(batch, prompts=80)
-    assert (cfg.rollout_tokens, memory.READ_TOKENS["cuda"]) == (49_152, 8_192)
+    assert (cfg.rollout_tokens, memory.PREFILL_TOKENS["cuda"]) == (49_152, 8_192)
     more = plan.rollout_bytes(QWEN_7B, twice, 2, 8_192) - plan.rollout_bytes(QWEN_7B, batch, 2, 8_192)
     assert more == 40 * 1_100 * QWEN_7B.kv_bytes(2)
 

