@@ -235,6 +235,8 @@ def open_table(path: Path, field: str) -> "datasets.Dataset":
         table = datasets.load_dataset(builder, **source, **options)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"cannot write {error.filename}: set HF_HOME to a folder that can be written") from None
     except Exception as error:  # pyarrow's, pandas' or datasets' own, depending on the kind of file
         raise UserError(f"cannot read {path} as a table ({brief(error.__cause__ or error)})") from error
     fields = read_row(path, table, 0, field) if builder == "text" else table.column_names

@@ -6,6 +6,7 @@ N completion tokens of a whole batch, D hidden size, V vocabulary.
 
 import bisect
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -89,7 +91,8 @@ class LLM:
     def __post_init__(self) -> None:
         """Raises UserError if the model names no end token or is not one this code can train exactly."""
         self.eos_ids = loading.end_tokens(self.model.get_base_model(), self.tokenizer)
-        self.pad_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        pad, known = self.tokenizer.pad_token_id, self.model.get_input_embeddings().num_embeddings
+        self.pad_id = self.eos_ids[0] if pad is None or pad >= known else pad  # some name one that the model lacks
         loading.prepare(self.model, self.recompute)
         # generate() fills what a call leaves open from here: repositories ship top_p, top_k, repetition_penalty.
         ends = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
@@ -138,9 +141,7 @@ class LLM:
         self._forwards = None
         try:
             config: Any = PeftConfig.from_pretrained(str(folder))
-            plain = config.peft_type == "LORA" and not (config.use_dora or config.modules_to_save)
-            if not plain or config.bias != "none":
-                raise ValueError("only plain LoRA adapters can be used")
+            loading.check_plain(config)
             self.model.delete_adapter("default")
             missing = self.model.load_adapter(str(folder), "default").missing_keys
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -189,7 +190,9 @@ class LLM:
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
-        tokens = {str(t).strip() for t in (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens)}
+        """All tokens with a meaning of their own. Added tokens that are plain words are ordinary text."""
+        added = (token for token in self.tokenizer.get_added_vocab() if not re.fullmatch(r"[\w\s'-]+", token))
+        tokens = {str(t).strip() for t in (*added, *self.tokenizer.all_special_tokens)}
         escaped = (re.escape(t) for t in sorted(tokens, key=len, reverse=True) if len(t) > 1)
         return re.compile("|".join(escaped) or r"\Z\A")
 
@@ -214,9 +217,31 @@ class LLM:
         if self.tokenizer.chat_template is None:
             turns = ((m["role"], PLAIN_HEADINGS.sub("## #", m["content"])) for m in messages)
             plain = "".join(PLAIN_FORMAT[role].format(content=content) for role, content in turns)
-            return self.tokenizer(plain + prefill).input_ids
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(prompt + prefill, add_special_tokens=False).input_ids
+            ids = self.tokenizer(plain + prefill, add_special_tokens=False).input_ids
+            bos = self.tokenizer.bos_token_id  # of what a tokenizer adds, only the start: some add an end token too
+            begins = bos is not None and self.tokenizer(plain).input_ids[:1] == [bos] != ids[:1]
+            return [bos, *ids] if begins else ids
+        return self.tokenizer(self._rendered(messages) + prefill, add_special_tokens=False).input_ids
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The chat template's text. Where a template takes no system message, it begins the user's."""
+        render = functools.partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        try:
+            return render(messages)
+        except jinja2.TemplateError:
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                raise
+            system, user, *rest = messages
+            return render([{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest])
+
+    @cached_property
+    def _thought_end(self) -> list[int]:
+        """What ends the thought that some chat templates begin in the prompt: without it, a reply that is read off or
+        constrained would be read inside the thought."""
+        if self.tokenizer.chat_template is None:
+            return []
+        opened = self._rendered([{"role": "user", "content": "?"}]).rstrip().endswith("<think>")
+        return self.tokenizer("\n</think>\n\n", add_special_tokens=False).input_ids if opened else []
 
     def text_ids(self, text: str) -> list[int]:
         return self.tokenizer(self.neutralise(text), add_special_tokens=False).input_ids
@@ -300,6 +325,7 @@ class LLM:
         token: from the model's own logits, whatever the temperature or templates make of them. Raises UserError if a
         prompt and max_new_tokens exceed the model's context, or one of them memory.
         """
+        prompts = [prompt + self._thought_end for prompt in prompts] if templates else prompts
         for prompt in prompts:
             self.check_length(len(prompt) + max_new_tokens)
         rows = [prompt for prompt in prompts for _ in range(n)]
@@ -354,6 +380,7 @@ class LLM:
         Returns (len(rows), K) in float32, on the CPU. What rows begin with alike is prefilled once. Raises UserError if
         a row exceeds the model's context or memory.
         """
+        rows = [row + self._thought_end for row in rows]
         for row in rows:
             self.check_length(len(row))
         groups = [members for members, _ in fast.shared_prefixes(rows)]

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -61,7 +62,12 @@ def converted(gguf: Path) -> Path:
     if folder.is_dir():
         return folder
     print(f"converting {gguf.name} to {folder} (once)")
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
     source, keep = str(gguf.parent), transformers.GgufConfig(dequantize=True)  # without it, it cannot be saved
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
@@ -125,6 +131,8 @@ def pretrained(name: str, load_in: str) -> tuple[Any, Any, torch.dtype]:
     )
     source, kind = resolve(name), "unknown"
     check_hub(source)
+    if not sys.stderr.isatty():  # one line for each of some hundred weights
+        transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # left open, it would ask at the terminal
         kind = config.model_type
@@ -158,6 +166,29 @@ def with_lora(model: Any, rank: int, alpha: int) -> Any:
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     with supported(model.config.model_type):
         return get_peft_model(model, config)
+
+
+# Settings of a LoRA adapter that this code computes exactly, whatever they are.
+COMPUTED = frozenset(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform
+    lora_alpha lora_dropout peft_type peft_version r rank_pattern revision runtime_config target_modules task_type
+    use_rslora
+    """.split()
+)
+
+
+def check_plain(config: Any) -> None:
+    """Raises ValueError, naming the setting, unless an adapter is LoRA with nothing that this code would leave out."""
+    from peft import LoraConfig
+
+    if config.peft_type != "LORA":
+        raise ValueError(f"only plain LoRA adapters can be used, not {config.peft_type}")
+    usual = LoraConfig().to_dict()
+    for name, value in config.to_dict().items():
+        started = name == "init_lora_weights" and isinstance(value, bool)  # others change the base weights too
+        if name not in COMPUTED and not started and value != usual.get(name) and value not in (None, False, "none"):
+            raise ValueError(f"only plain LoRA adapters can be used, and this one has {name}: {value}")
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

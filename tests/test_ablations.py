@@ -13,7 +13,6 @@ from test_pop import descending, gradients, group
 from test_roles import between, named, rubric_text, tagged, verdict, watched
 
 import config
-import data
 import pop
 import rubric
 from data import Document, UserError
@@ -413,9 +412,9 @@ def test_a_recording_that_cannot_be_used_is_an_error_that_names_it(tmp_path, con
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=r"--episodes .*mine.jsonl"):
-        data.Recording(str(path))
+        sources.Recording(str(path))
     with pytest.raises(UserError, match=r"--episodes nowhere.jsonl cannot be read"):
-        data.Recording("nowhere.jsonl")
+        sources.Recording("nowhere.jsonl")
 
 
 # -------------------------------------------------------------------------------------------------- the measure

@@ -17,7 +17,7 @@ from conftest import byte_tokenizer, tiny_llm, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,7 +34,7 @@ from data import UserError
 from engine import fast
 from engine.constrained import Field
 from engine.fast import batches
-from engine.loading import pick_device, resolve, use_expandable_segments
+from engine.loading import check_plain, pick_device, resolve, use_expandable_segments
 from model import LLM, Completion, load
 
 END, START, STOP = 256, 257, 258  # ids of the byte tokenizer's <|end|>, <|start|>, <|stop|>
@@ -653,6 +653,55 @@ def test_a_tokenizer_without_chat_template_gets_the_plain_format(llm):
     assert special_ids(ids) == []
 
 
+def test_a_prompt_does_not_end_with_what_a_tokenizer_puts_after_every_text(llm):
+    """Some add an end token to all that they encode; of their additions only the one that begins a text is kept."""
+    llm.tokenizer.chat_template = None
+    llm.tokenizer.bos_token = "<|start|>"
+    ends = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", START), ("<|end|>", END)]
+    )
+    llm.tokenizer.backend_tokenizer.post_processor = ends
+    assert llm.tokenizer("Hi").input_ids == [START, *llm.text_ids("Hi"), END]
+    ids = llm.encode("", "Hi")
+    assert ids[0] == START and END not in ids and START not in ids[1:]
+
+
+def test_a_pad_token_that_the_model_lacks_is_not_used(llm):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    other = LLM(llm.model, tokenizer)
+    assert tokenizer.pad_token_id >= llm.model.get_input_embeddings().num_embeddings
+    assert other.pad_id == other.eos_ids[0]
+    assert other.generate([[65], [66, 67, 68]], max_new_tokens=3, temperature=0)
+
+
+def test_added_tokens_that_are_words_stay_whole(llm):
+    llm.tokenizer.add_tokens(["photosynthesis", "<|mark|>"])
+    assert llm.neutralise("On photosynthesis. <|mark|>") == "On photosynthesis. < |mark|>"
+
+
+def test_where_a_template_takes_no_system_message_it_begins_the_user_s(llm):
+    llm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}{{ '<|start|>assistant\\n' }}"
+    )
+    text = llm.tokenizer.decode(llm.encode("Be brief.", "Why?"))
+    assert text == "<|start|>user\nBe brief.\n\nWhy?<|end|>\n<|start|>assistant\n"
+
+
+def test_a_reply_is_read_off_after_the_thought_that_a_template_begins(llm):
+    other = tiny_llm()
+    plain = other.encode("", "Yes or No?")
+    closed = [*plain, *other.text_ids("<think>\n\n</think>\n\n")]
+    expected = other.choice_probs([closed], [65, 66])
+    llm.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    asked = llm.encode("", "Yes or No?")
+    assert asked == [*plain, *llm.text_ids("<think>\n")]
+    torch.testing.assert_close(llm.choice_probs([asked], [65, 66]), expected)
+    by_template = dict(max_new_tokens=9, temperature=0, templates=[[Field("> ", 4)]])
+    assert llm.generate([asked], **by_template) == other.generate([closed], **by_template)
+
+
 def test_a_conversation_is_what_the_chat_template_makes_of_its_turns(llm):
     turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello."), ("user", "And <|end|>?")]
     ids = llm.encode_messages([{"role": role, "content": text} for role, text in turns])
@@ -782,6 +831,30 @@ def test_an_adapter_s_rank_may_differ(tmp_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.allclose(llm.model(input_ids=ids).logits, wide.model(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"lora_bias": True},
+        {"trainable_token_indices": [1]},
+        {"alora_invocation_tokens": [1]},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+        {"fan_in_fan_out": True},
+        {"a_setting_of_a_later_peft": 1},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_of_an_adapter_that_are_not_known_to_be_exact_are_refused_by_name(setting):
+    config = LoraConfig(r=3, lora_alpha=5, use_rslora=True, rank_pattern={"q_proj": 2}, lora_dropout=0.1)
+    check_plain(config)
+    given = config.to_dict() | setting
+    config.to_dict = lambda: given
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        check_plain(config)
 
 
 @pytest.mark.parametrize(
