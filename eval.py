@@ -9,10 +9,12 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -188,14 +190,19 @@ def verdicts_of(
     }
     if todo := [q for q in questions if q.id not in values]:
         print(f"{label}: {len(values)} of {len(questions)} verdicts are there, {len(todo)} to ask for")
+        missing: Counter[str] = Counter()
         with tqdm(total=len(todo), desc="judge", unit="verdict", leave=False) as bar:
 
             def keep(verdicts: Sequence[Verdict]) -> None:
                 runlog.append(path, *({**asdict(v), "asked": asked[v.question]} for v in verdicts), again=AGAIN)
                 values.update({v.question: v.value for v in verdicts})
+                missing.update(v.reason for v in verdicts if v.value is None)
                 bar.update(len(verdicts))
 
             judge.ask(todo, keep)
+        if missing:
+            reasons = "; ".join(f"{n}x {reason}" for reason, n in missing.most_common(3))
+            tqdm.write(f"{label}: {missing.total()} verdicts are missing ({reasons})")
     return values
 
 
@@ -255,7 +262,7 @@ def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
     for flag, value in (("limit", args.limit), ("max-new-tokens", args.max_new_tokens)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: must be 1 or more")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature}: must be 0 (greedy) or more")
 
 
@@ -323,6 +330,9 @@ def run_audit(args: argparse.Namespace) -> None:
     """What the reward gives for a reference, a sampled answer, and answers that deserve nothing; guards off and on."""
     cfg = configure(args, ("model", "judge", "task", "corpus", "seed"))
     path = Path(args.output or f"runs/audit-{Path(cfg.model).name}-{cfg.task}-{cfg.judge}.json")
+    if args.documents < 2:
+        raise UserError(f"--documents {args.documents}: must be 2 or more: one gives no interval")
+    checkpoint.check_writable(path)
     documents = heldout.set_aside(sources.open_corpus(cfg), args.documents, cfg)
     llm = load_model(cfg.model, cfg, cfg.rollout_tokens)
     episodes = heldout.make(llm, documents, cfg)
@@ -332,7 +342,6 @@ def run_audit(args: argparse.Namespace) -> None:
         reasons = ", ".join(e.drop for e in episodes if e.drop) or "the corpus has too few"
         raise UserError(f"--documents {args.documents}: need 2 usable ones ({reasons}); ask for more")
     result = audit.audit(llm, kept, cfg)
-    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(path, path.parent, result)
     print(audit.table(result), *audit.warnings(result), f"all numbers in {path}", sep="\n")
 

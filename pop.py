@@ -464,13 +464,14 @@ def main(argv: Sequence[str]) -> int:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     if cfg.episodes:
         sources.recording(cfg)
+    run = checkpoint.run_folder(cfg)
     options = {
         name: getattr(cfg, name) for name in ("load_in", "lora_r", "lora_alpha", "seed", "cuda_graph", "recompute")
     }
     dequantize = cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available())
     llm = load(cfg.model, token_budget=cfg.rollout_tokens, dequantize=dequantize, **options)
     check_fits(llm, cfg)
-    run = checkpoint.run_folder(cfg)
+    checkpoint.write_config(cfg, run)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
     source = (
         f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name} {corpus.listing}".strip()

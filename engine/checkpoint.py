@@ -19,6 +19,7 @@ import os
 import random
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -49,19 +50,34 @@ class State:
     progress: dict[str, Any]
 
 
-def run_folder(cfg: Config) -> Path:
-    """The run's folder with its config.json, made if it is a new one. Raises UserError if --output holds a run."""
-    name = cfg.resume or cfg.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.preset}-{cfg.task}"
-    run = Path(name)
-    if not cfg.resume and (run / "config.json").exists():
-        raise UserError(f"--output {run} already holds a run: go on with it by --resume {run}, or choose another")
+def check_writable(file: Path) -> None:
+    """Raises UserError if a file that will be written later cannot be. It and its folder may be missing yet."""
+    made = [folder for folder in file.parents if not folder.exists()]
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {file} cannot be written: {error.strerror}") from None
+    for folder in made:  # the innermost first; a run that fails before it begins leaves nothing
+        folder.rmdir()
+
+
+def run_folder(cfg: Config) -> Path:
+    """Where the run is to be. Raises UserError if --output holds a run or cannot be written."""
+    run = Path(cfg.resume or cfg.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.preset}-{cfg.task}")
+    if not cfg.resume and (run / "config.json").exists():
+        name = shlex.quote(str(run))
+        raise UserError(f"--output {run} already holds a run: go on with it by --resume {name}, or choose another")
+    check_writable(run / "config.json")
+    return run
+
+
+def write_config(cfg: Config, run: Path) -> None:
+    with writing(run / "config.json", run):
         run.mkdir(parents=True, exist_ok=True)
         config = json.dumps({**asdict(cfg), "resume": ""}, indent=2) + "\n"
         replace_file(run / "config.json", config.encode())
-    except OSError as error:
-        raise UserError(f"--output {run} cannot be written: {error.strerror}") from None
-    return run
 
 
 # ------------------------------------------------------------------------------------------------------ random

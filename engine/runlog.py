@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from config import GUARDS, Config
-from data import Corpus, Episode, alive, json_lines
+from data import Corpus, Episode, UserError, alive, brief, json_lines
 from engine import checkpoint
 from engine.stats import mean
 
@@ -179,7 +179,10 @@ def tracker(cfg: Config, run: Path) -> Callable[[int, dict[str, Any]], None]:
 
         return write
     service = importlib.import_module(cfg.tracker)  # wandb or trackio, which has the same functions
-    service.init(project="pop", name=run.name, config=asdict(cfg))
+    try:
+        service.init(project="pop", name=run.name, config=asdict(cfg))
+    except Exception as error:  # of its own kind: no login, no connection
+        raise UserError(f"--tracker {cfg.tracker}: {brief(error)}; log in, or choose another") from None
     return lambda step, metrics: service.log(dict(flat(metrics)), step=step)
 
 

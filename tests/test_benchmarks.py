@@ -7,6 +7,8 @@ import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rubric
 from benchmarks import sets as benchmarks
@@ -143,6 +145,13 @@ def test_a_healthbench_verdict_is_a_boolean_or_none(reply, verdict):
 )
 def test_a_writing_score_is_a_whole_number_from_1_to_10(reply, score):
     assert read_score(reply) == score
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet='{}[]":, \nscoretu1.0', max_size=60))
+def test_no_reply_makes_the_readers_of_verdicts_fail(reply):
+    assert read_score(reply) in (None, *range(1, 11)) and read_met(reply) in (None, 0, 1)
+    assert read_better(reply, "A") in (None, 0, 0.5, 1)
 
 
 def test_writing_has_five_criteria_for_each_prompt_and_the_english_part_is_a_flag():

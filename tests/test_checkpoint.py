@@ -352,6 +352,22 @@ def test_a_corpus_that_changed_meanwhile_is_refused():
             next(sources.documents_from(corpus, 3, other.identity))
 
 
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"--output .*file/run.* cannot be written"):
+        pop.main(["--preset", "demo", "--output", str(tmp_path / "file" / "run")])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        pop.main(["--preset", "demo", "--output", str(tmp_path / "old")])
+
+
+def test_to_ask_whether_a_file_can_be_written_leaves_nothing_behind(tmp_path):
+    checkpoint.check_writable(tmp_path / "runs" / "x" / "config.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_local_files_are_stored_by_their_whole_paths(tmp_path, monkeypatch):
     (tmp_path / "notes").mkdir()
     monkeypatch.chdir(tmp_path)

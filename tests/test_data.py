@@ -14,7 +14,10 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import data
 from data import HUB_CORPORA, Corpus, Document, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -351,6 +354,29 @@ def test_a_table_file_of_no_bytes_is_skipped_and_counted(tmp_path, suffix):
     corpus = corpus_of(tmp_path)
     assert texts(corpus) == ["good"]
     assert corpus.skipped == {"empty": 1}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200))
+def test_no_bytes_make_the_reader_of_json_lines_fail(tmp_path, content):
+    path = tmp_path / "any.jsonl"
+    path.write_bytes(content)
+    assert all(isinstance(record, dict) for record in data.read_lines(path))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.text(alphabet='ab,"\n\t\x00é', max_size=12), max_size=6), suffix=st.sampled_from([".csv", ".tsv"])
+)
+def test_any_text_as_a_table_is_read_or_refused_in_one_line(tmp_path, rows, suffix):
+    path = tmp_path / f"any{suffix}"
+    path.write_text("\n".join([("text,n" if suffix == ".csv" else "text\tn"), *rows]), encoding="utf-8")
+    try:
+        found = texts(corpus_of(path))
+    except UserError as error:
+        assert "\n" not in str(error) and "any" in str(error)
+    else:
+        assert all(text.strip() for text in found)
 
 
 def test_counts_do_not_add_up_over_epochs(tmp_path):
