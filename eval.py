@@ -342,6 +342,7 @@ def run_audit(args: argparse.Namespace) -> None:
         reasons = ", ".join(e.drop for e in episodes if e.drop) or "the corpus has too few"
         raise UserError(f"--documents {args.documents}: need 2 usable ones ({reasons}); ask for more")
     result = audit.audit(llm, kept, cfg)
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(path, path.parent, result)
     print(audit.table(result), *audit.warnings(result), f"all numbers in {path}", sep="\n")
 

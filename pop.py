@@ -380,7 +380,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                 left = cfg.documents_total - progress["documents"] if cfg.synthesize else cfg.documents_taken
                 batch = list(itertools.islice(documents, min(left, cfg.documents_taken)))
                 episodes = play(llm, batch, cfg, state.rng, clock)
-                with signals.held():
+                with signals.deferred():
                     trained: dict[str, float | None] = {}
                     if alive(episodes) and not cfg.synthesize:
                         with clock("update"):
@@ -409,7 +409,7 @@ def before_training(
     if cfg.audit:
         audit.audit_before_training(llm, watched, cfg, run)
     if cfg.eval_every and not state.progress["step"] and "heldout" not in state.progress:
-        with signals.held():
+        with signals.deferred():
             log.before(heldout.watch(llm, watched, cfg, run, 0, state.progress))
     return watched
 

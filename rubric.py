@@ -272,10 +272,12 @@ def write_problems(llm: LLM, episodes: Sequence[Episode], n: int, cfg: Config, r
     # Not every task suits every document, so instructions come as a choice of two.
     choices = 2 if cfg.task == "instructions" and not cfg.crutches else 1
     asked = [problem_messages(e.document.text, " or ".join(rng.sample(kinds, choices)), cfg) for e in episodes]
-    forms = [crutches.problem_form(cfg, rng) for _ in range(n * len(asked))] if cfg.crutches else None
+    templates = [crutches.problem_template(cfg, rng) for _ in range(n * len(asked))] if cfg.crutches else None
     prompts = [llm.encode_messages(messages, begun) for messages in asked]
     limit, temperature = FACTS_TOKENS + cfg.problem_tokens, cfg.proposer_temperature
-    outputs = llm.generate(prompts, n=n, max_new_tokens=limit, temperature=temperature, templates=forms, desc="propose")
+    outputs = llm.generate(
+        prompts, n=n, max_new_tokens=limit, temperature=temperature, templates=templates, desc="propose"
+    )
     problems = []
     for e, output in [(e, output) for e, group in zip(episodes, outputs, strict=True) for output in group]:
         problem = in_tags(begun + output.text) if output.finished or cfg.crutches else ""
@@ -332,9 +334,11 @@ def write_references(llm: LLM, problems: Sequence[Pair], cfg: Config) -> None:
         return
     asked = crutches.REFERENCE if cfg.crutches else REFERENCE[cfg.task]
     prompts = [llm.encode("", known(e.document.text, cfg) + fill(asked, problem=problem)) for e, problem in problems]
-    forms = [crutches.reference_form(problem, cfg) for _, problem in problems] if cfg.crutches else None
+    templates = [crutches.reference_template(problem, cfg) for _, problem in problems] if cfg.crutches else None
     limit, temperature = cfg.reference_tokens, cfg.proposer_temperature
-    outputs = llm.generate(prompts, max_new_tokens=limit, temperature=temperature, templates=forms, desc="reference")
+    outputs = llm.generate(
+        prompts, max_new_tokens=limit, temperature=temperature, templates=templates, desc="reference"
+    )
     for (e, problem), (output,) in zip(problems, outputs, strict=True):
         reference = final_answer(output.text)
         # A writing task names what it takes from the document: a piece need not add to that.
@@ -385,15 +389,15 @@ def write_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: Config, attempts: 
 def try_rubrics(llm: LLM, episodes: Sequence[Episode], cfg: Config, attempt: Attempt) -> None:
     """n samples of each rubric: an episode takes the first that has a good criterion."""
     rendering, temperature, n = attempt
-    begun, forms, limit = RUBRIC_BEGUN[rendering], None, cfg.criterion_tokens * cfg.max_criteria
+    begun, templates, limit = RUBRIC_BEGUN[rendering], None, cfg.criterion_tokens * cfg.max_criteria
     if cfg.crutches:
         seen = [e.document.text if cfg.rubric_document else "" for e in episodes for _ in range(n)]
-        begun, forms = "", [crutches.rubric_form(text, cfg) for text in seen]
-        limit = max(room(llm, form) for form in forms)
+        begun, templates = "", [crutches.rubric_template(text, cfg) for text in seen]
+        limit = max(room(llm, template) for template in templates)
     prompts = [llm.encode_messages(rubric_messages(e, cfg, rendering), begun) for e in episodes]
     with role(llm, cfg):
         outputs = llm.generate(
-            prompts, n=n, max_new_tokens=limit, temperature=temperature, templates=forms, desc="rubric"
+            prompts, n=n, max_new_tokens=limit, temperature=temperature, templates=templates, desc="rubric"
         )
     for e, group in zip(episodes, outputs, strict=True):
         for output in group:
@@ -476,10 +480,10 @@ def reject_untelling(episodes: Sequence[Episode]) -> list[Episode]:
 # ------------------------------------------------------------------------------------------------------ judge
 
 RATINGS = ("0", "1", "2")
-HOLISTIC_FORM = [Field("Thought:", 48), Field("Score: ", choices=tuple(map(str, range(1, 11))))]
+HOLISTIC_TEMPLATE = [Field("Thought:", 48), Field("Score: ", choices=tuple(map(str, range(1, 11))))]
 
 
-def judge_form(criteria: int, tokens: int) -> list[Field]:
+def judge_template(criteria: int, tokens: int) -> list[Field]:
     """What JUDGE asks for: where its labels are not forced, a 1.5B forgets criteria."""
     numbers = range(1, criteria + 1)
     return [f for k in numbers for f in (Field(f'{k}. Evidence: "', tokens), Field("Rating: ", choices=RATINGS))]
@@ -551,11 +555,13 @@ def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature
             calls.append((e, a, part, llm.encode("", prompt)))
     if not calls:
         return
-    forms = [HOLISTIC_FORM if holistic else judge_form(len(part), cfg.rating_tokens) for _, _, part, _ in calls]
-    limit, watch = max(room(llm, form) for form in forms), () if holistic else RATINGS
+    templates = [
+        HOLISTIC_TEMPLATE if holistic else judge_template(len(part), cfg.rating_tokens) for _, _, part, _ in calls
+    ]
+    limit, watch = max(room(llm, template) for template in templates), () if holistic else RATINGS
     prompts = [prompt for *_, prompt in calls]
     outputs = llm.generate(
-        prompts, max_new_tokens=limit, temperature=temperature, templates=forms, watch=watch, desc="judge"
+        prompts, max_new_tokens=limit, temperature=temperature, templates=templates, watch=watch, desc="judge"
     )
     said: dict[int, dict[int, tuple[str, float]]] = {id(a): {} for _, a in pairs}
     for (e, a, part, _), (output,) in zip(calls, outputs, strict=True):

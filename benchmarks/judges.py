@@ -43,10 +43,10 @@ REMEDIES = {
 class Question:
     id: str  # unique within an evaluation, e.g. "item-17/3"
     messages: list[dict[str, str]]  # chat messages: optional system, then user
-    form: list[Field]  # the template of a local judge's reply
+    template: list[Field]  # of a local judge's reply
     read: Callable[[str], Value | None]  # the reply -> the verdict; None: nonsense
     max_tokens: int = REPLY_TOKENS  # room for the reply of an endpoint
-    digits: str = ""  # "012": a local verdict is the expected one, by their probabilities; no form is filled in
+    digits: str = ""  # "012": a local verdict is the expected one, by their probabilities; no template is filled in
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LocalJudge:
         """Hand every question's verdict to `keep`, CHUNK at a time."""
         context, kinds, fitting = self.llm.context, {}, []
         for q in questions:
-            kinds[q.id] = (q.digits, room(self.llm, q.form))
+            kinds[q.id] = (q.digits, room(self.llm, q.template))
             needed = len(self.llm.encode_messages(q.messages)) + kinds[q.id][1]
             if needed <= context:
                 fitting.append(q)
@@ -87,8 +87,8 @@ class LocalJudge:
                 probs = llm.choice_probs(prompts, llm.choice_ids("", digits)[1], desc="judge")  # (prompts, digits)
                 values = (probs @ torch.arange(len(digits), dtype=probs.dtype)).tolist()
                 return [Verdict(q.id, value, "") for q, value in zip(questions, values, strict=True)]
-            forms = [q.form for q in questions]
-            outputs = llm.generate(prompts, max_new_tokens=tokens, temperature=0, templates=forms, desc="judge")
+            templates = [q.template for q in questions]
+            outputs = llm.generate(prompts, max_new_tokens=tokens, temperature=0, templates=templates, desc="judge")
         read = [(q.id, q.read(final_answer(c.text)), c.text) for q, (c,) in zip(questions, outputs, strict=True)]
         return [Verdict(*each, NO_VERDICT if each[1] is None else "") for each in read]
 

@@ -151,9 +151,9 @@ def by_user(text: str) -> Messages:
 
 
 def question_each(
-    item: Item, prompts: list[Messages], form: list[Field], read: Any, digits: str = ""
+    item: Item, prompts: list[Messages], template: list[Field], read: Any, digits: str = ""
 ) -> list[Question]:
-    return [Question(f"{item.id}/{k}", prompt, form, read, digits=digits) for k, prompt in enumerate(prompts)]
+    return [Question(f"{item.id}/{k}", prompt, template, read, digits=digits) for k, prompt in enumerate(prompts)]
 
 
 class IFEval(Benchmark):
@@ -201,13 +201,13 @@ class HealthBench(Benchmark):
         """One call for each criterion, with its points, as in OpenAI's simple-evals."""
         turns = [*item.messages, {"role": "assistant", "content": answer}]
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-        template = official("healthbench_task", "GRADER_TEMPLATE")
+        asked = official("healthbench_task", "GRADER_TEMPLATE")
         prompts = [  # the conversation last: what it spells out is not filled in again
-            template.replace("<<rubric_item>>", f"[{points:g}] {criterion}").replace("<<conversation>>", conversation)
+            asked.replace("<<rubric_item>>", f"[{points:g}] {criterion}").replace("<<conversation>>", conversation)
             for criterion, points in item.data["rubrics"]
         ]
-        form = [Field('{"explanation": "', REASON_TOKENS), Field('"criteria_met": ', choices=("true}", "false}"))]
-        return question_each(item, list(map(by_user, prompts)), form, read_met)
+        template = [Field('{"explanation": "', REASON_TOKENS), Field('"criteria_met": ', choices=("true}", "false}"))]
+        return question_each(item, list(map(by_user, prompts)), template, read_met)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         """Points of the criteria met over all positive points."""
@@ -292,11 +292,11 @@ class WinRate(Benchmark):
         """Both orders: the answer as A, then as B. The same text twice is a tie that nobody needs to be asked about."""
         if answer == base:
             return []
-        form = [Field("Reason:", REASON_TOKENS), Field("Better: ", choices=("A", "B", "tie"))]
+        template = [Field("Reason:", REASON_TOKENS), Field("Better: ", choices=("A", "B", "tie"))]
         fill = partial(PAIR.format, request=item.messages[-1]["content"])
         return [
-            Question(f"{item.id}/A", by_user(fill(a=answer, b=base)), form, partial(read_better, own="A")),
-            Question(f"{item.id}/B", by_user(fill(a=base, b=answer)), form, partial(read_better, own="B")),
+            Question(f"{item.id}/A", by_user(fill(a=answer, b=base)), template, partial(read_better, own="A")),
+            Question(f"{item.id}/B", by_user(fill(a=base, b=answer)), template, partial(read_better, own="B")),
         ]
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
@@ -321,9 +321,9 @@ class HeldOut(Benchmark):
         if cfg.judge == "logits":
             prompts = [by_user(rubric.rate_prompt(e.problem, c, answer)) for c in e.rubric]
             return question_each(item, prompts, [Field("", choices=("0", "1", "2"))], read_digit, digits="012")
-        form = rubric.judge_form(len(e.rubric), cfg.rating_tokens)
+        template = rubric.judge_template(len(e.rubric), cfg.rating_tokens)
         read = partial(parsing.written_ratings, criteria=len(e.rubric))
-        return question_each(item, [by_user(rubric.judge_prompt(e.problem, e.rubric, answer))], form, read)
+        return question_each(item, [by_user(rubric.judge_prompt(e.problem, e.rubric, answer))], template, read)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         """The grade that training would give, what its guards would leave of it, and the likeness to the reference."""

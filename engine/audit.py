@@ -37,10 +37,10 @@ ESSAY = [  # on nothing that a document is about
 
 @dataclass(frozen=True)
 class Probe:
-    """An answer written from an episode and another one's. `bar`: what its reward is held against, a probe's name."""
+    """An answer written from an episode and another one's. `baseline`: the probe it is compared with."""
 
     name: str
-    bar: str
+    baseline: str
     write: Callable[[Episode, Episode, Config], str]
 
 
@@ -114,7 +114,7 @@ def audit(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> dict[str, Any]:
     }
     off = {name: [mean([a.grade for a in each]) for each in answers] for name, answers in probed.items()}
     on = {name: [mean([a.reward for a in each]) for each in answers] for name, answers in probed.items()}
-    bars = {"sampled answer": "sampled answer"} | {probe.name: probe.bar for probe in PROBES}
+    baselines = {"sampled answer": "sampled answer"} | {probe.name: probe.baseline for probe in PROBES}
     return {
         "model": cfg.model,
         "judge": yardstick(cfg).judge,
@@ -125,24 +125,24 @@ def audit(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> dict[str, Any]:
         "probes": [
             {
                 "probe": name,
-                "bar": bar,
-                "off": compare(off, name, bar),
-                "on": compare(on, name, bar),
+                "baseline": baseline,
+                "off": compare(off, name, baseline),
+                "on": compare(on, name, baseline),
                 "answers": sum(map(len, probed[name])),
                 "fired": Counter(fired for each in probed[name] for a in each for fired in a.guards),
             }
-            for name, bar in bars.items()
+            for name, baseline in baselines.items()
         ],
     }
 
 
-def compare(rewards: dict[str, list[float | None]], name: str, bar: str) -> dict[str, Any]:
-    """Mean reward, its margin over the same documents to the bar's, and the verdict (None: honest, or not known)."""
-    pairs = zip(rewards[name], rewards[bar], strict=True)
+def compare(rewards: dict[str, list[float | None]], name: str, baseline: str) -> dict[str, Any]:
+    """Mean reward, its margin to the baseline's on the same documents, the verdict (None: honest, or not known)."""
+    pairs = zip(rewards[name], rewards[baseline], strict=True)
     margin = t_interval([r - b for r, b in pairs if r is not None and b is not None])
     low, high, verdict = margin["low"], margin["high"], None
     if name not in HONEST and low is not None and high is not None:
-        verdict = low > 0 if bar == "reference" else high >= 0 and any(rewards[name])
+        verdict = low > 0 if baseline == "reference" else high >= 0 and any(rewards[name])
     return {
         "rewards": rewards[name],
         "reward": t_interval([r for r in rewards[name] if r is not None]),
@@ -162,16 +162,16 @@ def table(result: dict[str, Any]) -> str:
 
     def cells(probe: dict[str, Any], side: str) -> list[str]:
         part = probe[side]
-        margin = "" if probe["probe"] == probe["bar"] else number(part["margin"], "+.2f")
+        margin = "" if probe["probe"] == probe["baseline"] else number(part["margin"], "+.2f")
         verdict = {None: "", True: "**yes**", False: "no"}[part["exploitable"]]
         return [number(part["reward"], ".2f"), margin, verdict]
 
-    head = "answer|held against|no guards: reward|margin|exploitable|guards: reward|margin|exploitable|what fired"
+    head = "answer|baseline|no guards: reward|margin|exploitable|guards: reward|margin|exploitable|what fired"
     rows = [head.split("|")]
     for probe in result["probes"]:
         fired = ", ".join(f"{name} {count}/{probe['answers']}" for name, count in probe["fired"].items())
-        bar = "" if probe["probe"] == probe["bar"] else probe["bar"]
-        rows.append([probe["probe"], bar, *cells(probe, "off"), *cells(probe, "on"), fired])
+        baseline = "" if probe["probe"] == probe["baseline"] else probe["baseline"]
+        rows.append([probe["probe"], baseline, *cells(probe, "off"), *cells(probe, "on"), fired])
     return aligned(rows)
 
 
@@ -212,6 +212,6 @@ def warnings(result: dict[str, Any]) -> list[str]:
     found = [probe for probe in result["probes"] if probe["on"]["exploitable"]]
     return [
         f"WARNING: the reward can be gamed by: {probe['probe']} ({probe['on']['reward']['mean']:.2f}, margin to the "
-        f"{probe['bar']} {probe['on']['margin']['mean']:+.2f}). Training may find it."
+        f"{probe['baseline']} {probe['on']['margin']['mean']:+.2f}). Training may find it."
         for probe in found
     ]

@@ -1,8 +1,8 @@
 """For models too small to keep to a format that they are asked for, such as the demo's 135M (`--crutches`).
 
-Decoding is constrained to each role's form: labels are forced, golds are sentences of the document, other values its
-own. The proposer gets prompts of one sentence, since the real ones are too long for a 135M; all else it is asked in the
-words that every model gets. No preset for a GPU comes here.
+Decoding is constrained to each role's template: labels are forced, golds are sentences of the document, other values
+its own. The proposer gets prompts of one sentence, since the real ones are too long for a 135M; all else it is asked in
+the words that every model gets. No preset for a GPU comes here.
 """
 
 import random
@@ -49,27 +49,27 @@ DESCRIPTIONS = (
 )
 
 
-def problem_form(cfg: Config, rng: random.Random) -> list[Field]:
+def problem_template(cfg: Config, rng: random.Random) -> list[Field]:
     opening = rng.choice(list(OPENINGS[cfg.task]))
     return [Field(f"<problem>{opening}", cfg.problem_tokens, min_tokens=4), Field("</problem>", 0)]
 
 
-def reference_form(problem: str, cfg: Config) -> list[Field]:
+def reference_template(problem: str, cfg: Config) -> list[Field]:
     begun = [reference for opening, reference in OPENINGS[cfg.task].items() if problem.startswith(opening)]
     return [Field(begun[0] if begun else "The", cfg.reference_tokens, min_tokens=12)]
 
 
-def rubric_form(document: str, cfg: Config) -> list[Field]:
+def rubric_template(document: str, cfg: Config) -> list[Field]:
     """Two criteria, if so many are allowed, then more if the model wants to."""
-    facts, form = tuple(statements(document)), []
+    facts, template = tuple(statements(document)), []
     for k in range(cfg.max_criteria):
-        form += [
+        template += [
             Field(', {"name": "' if k else '{"criteria": [{"name": "', 6, optional=k > 1, quoted=True),
             Field('", "gold": "', 24, choices=facts, distinct=True, quoted=not facts),
             Field('", "description": "The answer ', choices=DESCRIPTIONS),
             Field('", "weight": ', choices=tuple(f"{weight}}}" for weight in range(1, 6))),
         ]
-    return form
+    return template
 
 
 def statements(document: str, longest: int = 18) -> list[str]:

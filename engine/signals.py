@@ -52,7 +52,7 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """Inside `with Signals() as signals`, SIGINT, SIGTERM and SIGHUP raise Interrupted, once.
 
-    Within `with signals.held()` that waits for the end of the block. A Ctrl-C after that ends the process at once;
+    Within `with signals.deferred()` that waits for the end of the block. A Ctrl-C after that ends the process at once;
     a further SIGTERM or SIGHUP changes nothing, because a closing terminal often sends two.
     """
 
@@ -87,7 +87,7 @@ class Signals:
             raise Interrupted(self.received)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         self.check()  # where an exception is raised in a destructor, Python drops it
         self.holding = True
         try:

@@ -525,7 +525,7 @@ def test_a_signal_lost_in_a_destructor_ends_the_run_at_the_next_occasion():
     with pytest.raises(signals.Interrupted, match="SIGTERM"), signals.Signals() as held:
         thing = Fragile()
         del thing
-        with held.held():
+        with held.deferred():
             pytest.fail("the step goes on")
 
 

@@ -311,7 +311,7 @@ def test_margins_are_paired_by_document():
 
 
 @pytest.mark.parametrize(
-    ("name", "bar", "rewards", "exploitable"),
+    ("name", "baseline", "rewards", "exploitable"),
     [
         ("empty", "sampled answer", [0.4, 0.4, 0.6], True),  # below on average, not clearly
         ("empty", "sampled answer", [0.1, 0.1, 0.12], False),
@@ -321,15 +321,15 @@ def test_margins_are_paired_by_document():
         ("reference", "sampled answer", [0.5, 0.5, 0.5], None),
     ],
 )
-def test_verdicts_of_hand_worked_cases(name, bar, rewards, exploitable):
-    compared = audit.compare({name: rewards, bar: [0.5, 0.5, 0.5]}, name, bar)
+def test_verdicts_of_hand_worked_cases(name, baseline, rewards, exploitable):
+    compared = audit.compare({name: rewards, baseline: [0.5, 0.5, 0.5]}, name, baseline)
     assert compared["exploitable"] is exploitable
 
 
 def test_what_earns_nothing_is_not_exploitable_however_wide_the_interval():
-    bar = [0.0, 0.9, 0.1]  # the interval of the margin reaches above 0
+    baseline = [0.0, 0.9, 0.1]  # the interval of the margin reaches above 0
     for rewards, exploitable in (([0.0, 0.0, 0.0], False), ([0.0, 0.01, 0.0], True)):
-        compared = audit.compare({"empty": rewards, "sampled answer": bar}, "empty", "sampled answer")
+        compared = audit.compare({"empty": rewards, "sampled answer": baseline}, "empty", "sampled answer")
         assert compared["margin"]["high"] > 0 and compared["exploitable"] is exploitable
 
 

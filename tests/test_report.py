@@ -58,7 +58,7 @@ def metrics(step, **more):
 
 def probe(name, exploitable):
     side = {"exploitable": exploitable, "reward": {"mean": 0.7}, "margin": {"mean": 0.1}}
-    return {"probe": name, "bar": "sampled answer", "on": side, "off": side}
+    return {"probe": name, "baseline": "sampled answer", "on": side, "off": side}
 
 
 def audit(*probes):

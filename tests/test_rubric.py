@@ -337,7 +337,7 @@ def test_criteria_without_a_gold_are_told_apart_by_their_description():
 )
 def test_a_filled_form_of_a_small_model_is_a_rubric(llm, document):
     """The values of this model are noise; with the two brackets that the form leaves out it is whole JSON."""
-    form = crutches.rubric_form(document, Config(max_criteria=2))
+    form = crutches.rubric_template(document, Config(max_criteria=2))
     torch.manual_seed(0)
     for output in llm.generate([[72, 105]], n=12, max_new_tokens=300, temperature=1.5, templates=[form] * 12)[0]:
         criteria = json.loads(output.text + "]}", strict=False)["criteria"]
