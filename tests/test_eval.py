@@ -18,7 +18,7 @@ from benchmarks import judges, results
 from benchmarks import sets as benchmarks
 from config import Config
 from data import UserError
-from engine import heldout, stats
+from engine import heldout, loading, stats
 
 PROMPTS = [f"Name {n} rivers of the north." for n in ("two", "three", "four", "five", "six", "seven", "eight", "nine")]
 
@@ -41,7 +41,7 @@ def tiny(monkeypatch):
 
     monkeypatch.setattr(model.LLM, "generate", counted)
     monkeypatch.setattr(evaluation, "load_model", load)
-    monkeypatch.setattr(model, "resolve", lambda name: name)
+    monkeypatch.setattr(loading, "resolve", lambda name: name)
     monkeypatch.setattr(evaluation, "CHUNK", 3)
     monkeypatch.setattr(judges, "CHUNK", 3)
     monkeypatch.setattr(benchmarks, "REASON_TOKENS", 4)

@@ -275,10 +275,11 @@ def test_a_recorded_answer_that_does_not_fit_the_context_is_refused(llm, tmp_pat
 
 def test_the_plan_and_the_rehearsal_leave_out_what_is_not_done(tmp_path, monkeypatch):
     cfg, rehearsed, llm = written(tmp_path / "e.jsonl", episode()), [], tiny_llm()
-    monkeypatch.setattr(memory, "within_memory", lambda llm, phase, *_: rehearsed.append(phase))
+    for kind in ("rollout", "update"):
+        monkeypatch.setattr(memory, f"rehearse_{kind}", lambda *_, kind=kind: rehearsed.append(kind))
     for chosen in (cfg, Config(synthesize=True, documents_total=4), Config()):
-        memory.try_longest(llm, chosen, pop.new_progress(chosen)["budgets"])
+        memory.rehearse(llm, chosen, chosen.update_tokens)
     played = ["propose", "solve", "rubric", "judge"]
-    assert rehearsed == ["update", *played, *played, "update"]
+    assert rehearsed == ["update", *["rollout"] * 4, *["rollout"] * 4, "update"]
     shown = pop.plan.plan(replace(cfg, preset="24gb"))
     assert "update" in shown and not any(f"  {role} " in shown for role in played)
