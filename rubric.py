@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 import torch
 
-from config import FACTS_TOKENS, Config
+from config import FACTS_TOKENS, RATING_TOKENS, Config
 from data import Answer, Criterion, Document, Episode, alive
 from engine import crutches, guards
 from engine.constrained import Field, room
@@ -555,9 +555,7 @@ def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature
             calls.append((e, a, part, llm.encode("", prompt)))
     if not calls:
         return
-    templates = [
-        HOLISTIC_TEMPLATE if holistic else judge_template(len(part), cfg.rating_tokens) for _, _, part, _ in calls
-    ]
+    templates = [HOLISTIC_TEMPLATE if holistic else judge_template(len(part), RATING_TOKENS) for _, _, part, _ in calls]
     limit, watch = max(room(llm, template) for template in templates), () if holistic else RATINGS
     prompts = [prompt for *_, prompt in calls]
     outputs = llm.generate(

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 import rubric
 from benchmarks import ifeval
 from benchmarks.judges import Question
-from config import Config
+from config import RATING_TOKENS, Config
 from data import Answer, Episode, UserError, brief
 from engine import guards, heldout, parsing
 from engine.constrained import Field
@@ -321,7 +321,7 @@ class HeldOut(Benchmark):
         if cfg.judge == "logits":
             prompts = [by_user(rubric.rate_prompt(e.problem, c, answer)) for c in e.rubric]
             return question_each(item, prompts, [Field("", choices=("0", "1", "2"))], read_digit, digits="012")
-        template = rubric.judge_template(len(e.rubric), cfg.rating_tokens)
+        template = rubric.judge_template(len(e.rubric), RATING_TOKENS)
         read = partial(parsing.written_ratings, criteria=len(e.rubric))
         return question_each(item, [by_user(rubric.judge_prompt(e.problem, e.rubric, answer))], template, read)
 

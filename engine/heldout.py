@@ -175,14 +175,6 @@ def watch(
     return dict(zip(HELDOUT, (reward, length, similarity), strict=True))
 
 
-def stalled(progress: dict[str, Any], cfg: Config) -> str:
-    """Why the run should stop, or ""."""
-    best = progress.get("heldout")
-    if not cfg.patience or not best or best["since"] < cfg.patience:
-        return ""
-    return f"stopping: no better adapter in {best['since']} evaluations; the best, of step {best['step']}, is in best/"
-
-
 def save_adapter(llm: LLM, folder: Path) -> None:
     """Save over what is there. The weights are one file, replaced at once, so the folder is whole at every moment."""
     folder.mkdir(exist_ok=True)

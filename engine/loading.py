@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,15 @@ COMPUTED = frozenset(
 )
 
 
-def check_plain(config: Any) -> None:
-    """Raises ValueError, naming the setting, unless an adapter is LoRA with nothing that this code would leave out."""
+def check_plain(config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the setting, unless an adapter's adapter_config.json is of LoRA with nothing that this
+    code would leave out."""
     from peft import LoraConfig
 
-    if config.peft_type != "LORA":
-        raise ValueError(f"only plain LoRA adapters can be used, not {config.peft_type}")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"only plain LoRA adapters can be used, not {config.get('peft_type')}")
     usual = LoraConfig().to_dict()
-    for name, value in config.to_dict().items():
+    for name, value in config.items():
         started = name == "init_lora_weights" and isinstance(value, bool)  # others change the base weights too
         if name not in COMPUTED and not started and value != usual.get(name) and value not in (None, False, "none"):
             raise ValueError(f"only plain LoRA adapters can be used, and this one has {name}: {value}")

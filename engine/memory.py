@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from config import FACTS_TOKENS, Config
+from config import FACTS_TOKENS, RATING_TOKENS, Config
 from data import UserError
 from engine import fast
 from engine.crutches import TRIES_AT_ONCE
@@ -88,7 +88,7 @@ def work_of(cfg: Config, device: Device = "cuda") -> dict[str, Batch]:
     prefilled = max(1, min(PREFILL_TOKENS[device], cfg.rollout_tokens) // rest)
     judge = Batch(min(judge.rows, prefilled), judge.prompt, rest=rest, prefixes=judge.prompts)
     if cfg.judge != "logits":
-        judge = largest(rated_answers, graded + rubric, cfg.rating_tokens * cfg.max_criteria)
+        judge = largest(rated_answers, graded + rubric, RATING_TOKENS * cfg.max_criteria)
     return {
         "propose": propose,
         "solve": largest(taken, asked, cfg.max_new_tokens, cfg.group_size),

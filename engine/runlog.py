@@ -122,6 +122,7 @@ def group_std(episode: Episode) -> float:
 # ------------------------------------------------------------------------------------------ what stops a run
 
 NONFINITE_LIMIT = 3  # updates in a row
+MIN_YIELD = 0.1  # share of its work that a role must get through
 YIELD_STEPS = 3  # steps in a row
 
 
@@ -143,13 +144,13 @@ def trouble(episodes: Sequence[Episode], cfg: Config, progress: dict[str, Any]) 
     """
     low = progress["low_yield"]
     for role, share in yields(episodes).items():
-        low[role] = low.get(role, 0) + 1 if share < cfg.min_yield else 0
+        low[role] = low.get(role, 0) + 1 if share < MIN_YIELD else 0
         if low[role] >= YIELD_STEPS:
             low[role] = 0
             raw = [f"{f['reason']}: {f['raw'][:300]!r}" for e in episodes for f in e.failures if f["role"] == role]
             return (
-                f"the {role} failed on more than {1 - cfg.min_yield:.0%} of its work for {YIELD_STEPS} steps: a larger "
-                "model or a lower --min-yield may help. Three of its outputs:\n  " + "\n  ".join(raw[-3:])
+                f"the {role} failed on more than {1 - MIN_YIELD:.0%} of its work for {YIELD_STEPS} steps: a larger "
+                "model may help. Three of its outputs:\n  " + "\n  ".join(raw[-3:])
             )
     if (count := progress["nonfinite"]) >= NONFINITE_LIMIT:
         progress["nonfinite"] = 0

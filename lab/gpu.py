@@ -404,7 +404,7 @@ def smollm2(s: Part) -> None:
         return
     chosen = "--preset demo --steps 4"
     if s.rehearse:
-        chosen += " --audit 0 --eval-every 0 --documents 1 --group-size 2 --max-new-tokens 8 --tries 1 --min-yield 0"
+        chosen += " --audit 0 --eval-every 0 --documents 1 --group-size 2 --max-new-tokens 8 --tries 1"
     with tempfile.TemporaryDirectory() as folder:
         start, run = time.perf_counter(), Path(folder) / "run"
         command = [sys.executable, "pop.py", *chosen.split(), "--output", str(run)]

@@ -515,13 +515,6 @@ def test_without_similarity_or_if_asked_the_reward_decides(monkeypatch, llm, tmp
         assert progress["heldout"]["score"] == numbers["heldout_reward"]
 
 
-@pytest.mark.parametrize(("patience", "stops"), [(0, False), (2, True), (3, False)])
-def test_patience_counts_evaluations_without_a_new_best(patience, stops):
-    progress = {"heldout": {"score": 0.5, "step": 40, "since": 2}}
-    stopping = heldout.stalled(progress, replace(CFG, patience=patience))
-    assert bool(stopping) == stops and ("step 40" in stopping) == stops
-
-
 def test_evaluations_are_due_at_multiples_and_at_the_end():
     cfg = replace(CFG, steps=7, eval_every=3)
     assert [step for step in range(1, 8) if heldout.due(step, cfg)] == [3, 6, 7]
@@ -633,17 +626,7 @@ def test_a_run_never_trains_on_its_held_out_documents(run, corpus):
     assert (len(held_out), len(trained)) == (2, 8) and not held_out & trained
 
 
-def test_patience_stops_a_run_and_saves_it(run, monkeypatch, capsys):
-    scores(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.1])
-    folder = run("run", "--audit", "0", "--eval-every", "1", "--eval-documents", "2", "--steps", "4", "--patience", "2")
-    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [0, 1, 2]
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert "the best, of step 0, is in best/" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("audit", 1), ("audit", -1), ("eval_every", -1), ("patience", -1), ("eval_documents", 0)]
-)
+@pytest.mark.parametrize(("field", "value"), [("audit", 1), ("audit", -1), ("eval_every", -1), ("eval_documents", 0)])
 def test_a_mistake_in_the_held_out_settings_is_named(field, value):
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')} {value}: must be"):
         replace(CFG, **{field: value})

@@ -849,18 +849,16 @@ def test_an_adapter_s_rank_may_differ(tmp_path):
     ids=lambda setting: next(iter(setting)),
 )
 def test_settings_of_an_adapter_that_are_not_known_to_be_exact_are_refused_by_name(setting):
-    config = LoraConfig(r=3, lora_alpha=5, use_rslora=True, rank_pattern={"q_proj": 2}, lora_dropout=0.1)
+    config = LoraConfig(r=3, lora_alpha=5, use_rslora=True, rank_pattern={"q_proj": 2}, lora_dropout=0.1).to_dict()
     check_plain(config)
-    given = config.to_dict() | setting
-    config.to_dict = lambda: given
     with pytest.raises(ValueError, match=next(iter(setting))):
-        check_plain(config)
+        check_plain(config | setting)
 
 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("missing", "Can't find"),
+        ("missing", "No such file"),
         ("dora", "only plain LoRA"),
         ("attention only", "lacks weights for some of its linear layers"),
         ("another width", "size mismatch|cannot be used"),
