@@ -70,7 +70,25 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return functools.partial(F.linear, weight=weight, bias=bias)
 
 
+@contextlib.contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Inside, blocks over 1 MiB come from the system and not from glibc's heap: among copies that stay, those that are
+    freed would leave holes there that the next does not fit, with a 0.5B model 40% of its weights."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    mallopt(threshold, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 2**25)  # both as high as glibc itself comes to set them
+        mallopt(trim, 2**26)
+
+
 @torch.no_grad()
+@large_blocks_apart()
 def prepared_forwards(model: Any, dtype: torch.dtype, with_adapters: bool, dequantize: bool) -> dict[Any, Linear]:
     """module -> the forward it may be given where no gradients are needed; no weight of the model changes.
 
@@ -78,8 +96,6 @@ def prepared_forwards(model: Any, dtype: torch.dtype, with_adapters: bool, dequa
     4 or 16 bits they would be lost in the rounding. dequantize: from a dequantized copy of the weights; in fp32 the
     adapter is added to that copy.
     """
-    # glibc's heap would keep the holes that freed copies leave among those that stay: 40% of a 0.5B model's weights.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     forwards: dict[Any, Linear] = {}
     for layer in lora_layers(model):
         base = layer.base_layer
@@ -90,9 +106,6 @@ def prepared_forwards(model: Any, dtype: torch.dtype, with_adapters: bool, dequa
             if fold := with_adapters and dtype == torch.float32:
                 weight.addmm_(b, a, alpha=scale)
             forward = forwards[layer if fold else base] = linear(weight, base.bias)
-            del weight
-            if trim:
-                trim(0)
             if fold:
                 continue
         if with_adapters:
