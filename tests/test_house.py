@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,9 @@ def test_no_function_is_longer_than_a_screen(name):
     functions = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 60}
     assert {f: lines for f, lines in long.items() if not f.startswith("parse")} == {}  # tables of arguments may be
+
+
+def test_the_readme_says_how_long_the_files_to_read_are():
+    said = dict(re.findall(r"`(\w+\.py)` \((\d+)[ :]", (ROOT / "README.md").read_text(encoding="utf-8")))
+    scripts = ("pop.py", "rubric.py", "model.py", "data.py", "config.py", "eval.py")
+    assert said == {name: str(len((ROOT / name).read_text(encoding="utf-8").splitlines())) for name in scripts}
