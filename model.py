@@ -298,8 +298,10 @@ class LLM:
 
     def check_length(self, tokens: int) -> None:
         if tokens > self.context:
+            window = getattr(self.model.config.get_text_config(), "sliding_window", None) == self.context
+            limit = "attention window, beyond which it would not be computed exactly here," if window else "context"
             raise UserError(
-                f"a prompt with its completion takes {tokens} tokens, the model's context is {self.context}: "
+                f"a prompt with its completion takes {tokens} tokens, the model's {limit} is {self.context}: "
                 "lower --max-words, --max-new-tokens or --rubric-answers"
             )
 

@@ -109,8 +109,9 @@ def load(name: str) -> tuple[Any, Any]:
     kind: dict[str, Any] = dict(bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
     nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **kind)
     placed: dict[str, Any] = dict(dtype=torch.float32, device_map={"": "cpu"}, quantization_config=nf4)
-    base = transformers.AutoModelForCausalLM.from_pretrained(resolve(name), **placed)
-    return base, transformers.AutoTokenizer.from_pretrained(resolve(name), padding_side="left")
+    source = resolve(name)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **placed)
+    return base, transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, padding_side="left")
 
 
 class Theirs:

@@ -153,6 +153,11 @@ def test_a_run_goes_on_where_memory_runs_out(played, tmp_path, limit, monkeypatc
     assert max(tried) > 1 and "out of memory in " in capsys.readouterr().out
     assert (tmp_path / "run" / "audit.json").exists()
     assert metrics(tmp_path)[0]["heldout_length"] is not None
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-000001" / "state.json").read_text())
+    budgets = metrics(tmp_path)[-1]["token_budgets"]
+    started = pop.parse_args(flags)
+    assert 0 < budgets["rollout"] < started.rollout_tokens and 0 < budgets["update"] < started.update_tokens
+    assert saved["progress"]["budgets"] == budgets
     for e in training.lines(tmp_path / "run" / "episodes.jsonl"):
         assert len(e["answers"]) <= 2 and len(e["rubric"]) <= 2
 
