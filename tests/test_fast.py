@@ -327,7 +327,7 @@ def test_within_its_window_a_sliding_window_model_writes_as_without_and_beyond_i
     llm = sliding_llm(60)
     prompts = [random_ids(30, seed=i) for i in range(3)]
     assert greedy(llm, prompts, n=2, max_new_tokens=30) == greedy(sliding_llm(None), prompts, n=2, max_new_tokens=30)
-    with pytest.raises(UserError, match=r"takes 61 tokens, the model's context is 60"):
+    with pytest.raises(UserError, match=r"takes 61 tokens, the model's attention window, .* is 60"):
         greedy(llm, prompts, max_new_tokens=31)
 
 
