@@ -94,14 +94,7 @@ def settle(args: argparse.Namespace) -> list[Adapter]:
 
 
 def load_model(name: str, cfg: Config, token_budget: int = TOKEN_BUDGET) -> LLM:
-    return model.load(
-        name,
-        load_in=cfg.load_in,
-        seed=cfg.seed,
-        token_budget=token_budget,
-        dequantize=cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available()),
-        cuda_graph=cfg.cuda_graph,
-    )
+    return model.load(name, **cfg.loading, token_budget=token_budget)
 
 
 def written(path: Path) -> list[dict[str, Any]]:

@@ -456,9 +456,14 @@ def main(argv: Sequence[str]) -> int:
     if cfg.episodes:
         sources.recording(cfg)
     run = checkpoint.run_folder(cfg)
-    options = {name: getattr(cfg, name) for name in ("load_in", "lora_r", "seed", "cuda_graph", "recompute")}
-    dequantize = cfg.dequantize == "on" or (cfg.dequantize == "auto" and torch.cuda.is_available())
-    llm = load(cfg.model, lora_alpha=2 * cfg.lora_r, token_budget=cfg.rollout_tokens, dequantize=dequantize, **options)
+    llm = load(
+        cfg.model,
+        **cfg.loading,
+        lora_r=cfg.lora_r,
+        lora_alpha=2 * cfg.lora_r,
+        token_budget=cfg.rollout_tokens,
+        recompute=cfg.recompute,
+    )
     check_fits(llm, cfg)
     checkpoint.write_config(cfg, run)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"

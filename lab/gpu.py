@@ -41,7 +41,7 @@ from torch.nn import functional as F
 import pop
 from config import PRESETS, Config
 from engine import fast
-from engine.memory import Batch, work_of
+from engine.memory import Batch, rehearse, work_of
 from engine.prefill import prefill
 from lab import plan, steps
 from lab.plan import GIB, Shapes
@@ -168,7 +168,8 @@ def random_llm(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> LLM:
     """As model.load makes it of weights on disk."""
     base, tokenizer = random_base(shapes, device, dtype)
     lora = peft.LoraConfig(r=32, lora_alpha=64, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return LLM(peft.get_peft_model(base, lora), tokenizer, dtype=dtype, token_budget=49_152)
+    graphs = device.type == "cuda"  # as pop.py loads it
+    return LLM(peft.get_peft_model(base, lora), tokenizer, dtype=dtype, token_budget=49_152, cuda_graph=graphs)
 
 
 def random_base(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -302,6 +303,12 @@ def memory(s: Part) -> None:
             s.note(f"{role}: GiB allocated, and 0.8 as in the plan", peak, most=20)
             s.note(f"{role}: that, of what was planned", peak * GIB / planned[role], least=0.9, most=1.1)
     del moments
+    with s.alone("rehearsal"):
+        llm.dequantize, llm.token_budget, start = True, cfg.rollout_tokens, time.perf_counter()
+        s.note("rehearsal: update tokens a batch", rehearse(llm, cfg, cfg.update_tokens), least=cfg.update_tokens)
+        s.note("rehearsal: rollout tokens a batch", llm.token_budget, least=cfg.rollout_tokens)
+        s.note("rehearsal: the dequantized copy stays", llm.dequantize)
+        s.note("rehearsal: s", time.perf_counter() - start, most=60)
 
 
 def largest(llm: LLM, role: str, batch: Batch, group_size: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from config import FACTS_TOKENS, Config
+from config import FACTS_TOKENS, Config, switched_on
 from data import UserError
 from engine.crutches import TRIES_AT_ONCE
 from engine.loading import check_hub, pick_device, resolve
@@ -231,7 +231,7 @@ def plan(cfg: Config) -> str:
     """What --dry-run prints: for the model of `cfg`, and for CUDA if there is one or the preset is made for one."""
     shapes, here = shapes_of(cfg.model), torch.cuda.is_available()
     device: Device = "cuda" if here or cfg.preset in ("16gb", "24gb", "48gb") else "cpu"
-    copied = cfg.dequantize == "on" or (cfg.dequantize == "auto" and device == "cuda")
+    copied = switched_on(cfg.dequantize, device == "cuda")
     bf16 = not here or pick_device()[1] == torch.bfloat16
     columns = [
         predict(shapes, work_of(cfg, device), device, cfg, dequantize, bf16)

@@ -156,8 +156,9 @@ class Ours:
 
     def __init__(self, work: Work, llm: model.LLM | None = None) -> None:
         cfg = work.config()
-        loading = dict(token_budget=cfg.rollout_tokens, dequantize=cfg.dequantize == "on", recompute=cfg.recompute)
-        self.llm = llm or model.load(work.model, **loading)  # type: ignore[arg-type]
+        self.llm = llm or model.load(
+            work.model, **cfg.loading, token_budget=cfg.rollout_tokens, recompute=cfg.recompute
+        )
         self.recorded = recorded(work, self.llm.tokenizer, self.llm.eos_ids[0])
         # A micro-batch of no more tokens than TRL's.
         longest = max(len(self.llm.encode("", e.problem)) for e in self.recorded) + work.new_tokens
