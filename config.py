@@ -45,6 +45,7 @@ class Config:
     dry_run: bool = False
     """Print the plan (tokens, memory) and stop, before anything is downloaded or loaded."""
     seed: int = number(0, 0, 2**32 - 1)
+    """Of everything that is drawn: the order of documents, kinds of problem, answers."""
 
     model: str = "Qwen/Qwen2.5-7B-Instruct"
     """A hub id, a local folder, a .gguf file, or smollm2 (the packaged SmolLM2-135M-Instruct)."""
@@ -58,7 +59,9 @@ class Config:
     corpus: str = ""
     """samples, heldout, a file or folder (.txt .md .jsonl .parquet .csv) or a hub dataset; empty: the task's own."""
     corpus_config: str | None = None
+    """The configuration (subset) of a hub dataset."""
     corpus_split: str = "train"
+    """The split of a hub dataset."""
     text_field: str | None = None
     """The column with the text, for tables."""
     min_words: int = number(50, 1)
@@ -95,6 +98,7 @@ class Config:
     rubric_answers: int = number(6)
     """How many answers, spread over their lengths, the rubric writer sees (paper: about 10, for writing 4); 0: none."""
     max_criteria: int = number(5, 1, 5)
+    """Criteria of a rubric, at most (paper: 5)."""
     criterion_tokens: int = number(250, 1)
     """Room for one criterion of the rubric."""
     check_rubric: bool = True
@@ -138,10 +142,13 @@ class Config:
     """GRPO's loss as a mean over all tokens (dapo), over each answer's tokens first (grpo), or over max_new_tokens for
     each answer (dr_grpo). dpo: best against worst answer of each group, as in the paper, instead."""
     dpo_beta: float = number(0.01, above=True)
+    """DPO's beta: the smaller, the further the policy may move from the base."""
     updates_per_batch: int = number(1, 1)
     """Optimizer steps on each batch of answers; 1 is on-policy, where the ratio is 1 and clipping has no effect."""
     clip_low: float = number(0.2, 0, 1)
+    """Ratios below 1 minus this are clipped."""
     clip_high: float = number(0.28)
+    """Ratios above 1 plus this are clipped; further off than below, so that rare tokens can grow (DAPO)."""
     kl_coef: float = number(1e-3)
     """Weight of the k3 KL estimate against the model with adapters off; 0 saves a forward pass."""
     kl_correction: bool = True
@@ -150,11 +157,12 @@ class Config:
     lr: float = number(1e-5, above=True)
     """Peak learning rate of AdamW: linear warm-up, then a cosine to 0. About 10x that of full fine-tuning."""
     warmup_steps: int = number(10)
+    """Updates until the learning rate is at its peak."""
     max_grad_norm: float = number(1.0, above=True, why="it scales every gradient down to nothing at 0")
 
     dequantize: Literal["auto", "on", "off"] = "auto"
-    """Keep a dequantized copy of the weights for generating and judging: the same numbers sooner, at 2 or 4 bytes each.
-    auto: on a GPU, if they fit beside the longest batch."""
+    """Generate and judge by a dequantized copy of the weights: faster, for 2 or 4 bytes each. In fp32 the numbers are
+    the same; in 16 bits they are rounded elsewhere. auto: on a GPU, if the copy fits beside the longest batch."""
     cuda_graph: bool = True
     """On a GPU, decode by CUDA graphs, one launch a step instead of some 1,500. On an H200 a step of 32 rows of a 7B
     takes 24 ms instead of 47, with dequantized weights 17 instead of 46."""
@@ -303,6 +311,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     cfg = tyro.cli(Config, args=list(argv), default=default)
     if usual := defaults_besides(cfg):
         cfg = tyro.cli(Config, args=list(argv), default=replace(cfg, **usual))
+    cfg = replace(cfg, preset=preset)  # where the command line says auto
     if cfg.synthesize and cfg.steps != usual["steps"]:
         raise UserError(f"--steps {cfg.steps}: synthesize takes --documents-total instead")
     return resolved(cfg)
@@ -354,7 +363,7 @@ def pick_preset() -> tuple[str, str]:
 
 # Fields of Config that may differ on resume: they say when to write, print or stop, never what is computed. `steps`
 # is not one of them: the learning rate of every update depends on it.
-SAFE = frozenset({"resume", "save_every", "tracker"})
+SAFE = frozenset({"save_every", "tracker"})
 
 
 def stored_config(run: Path) -> dict[str, Any]:

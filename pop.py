@@ -368,10 +368,11 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
     if progress["step"] == cfg.steps:
         return
     finished = checkpoint.rng_states(state.rng)  # as the last finished step left them
+    progress["budgets"]["update"] = memory.rehearse(llm, cfg, progress["budgets"]["update"])
+    checkpoint.write_config(cfg, run)  # from here on there is a run to resume
     log = runlog.Log(cfg, run, corpus)
     with Signals() as signals:
         try:
-            progress["budgets"]["update"] = memory.rehearse(llm, cfg, progress["budgets"]["update"])
             watched = before_training(llm, corpus, cfg, run, state, log, signals)
             source = sources.source(corpus, cfg, watched)
             documents = documents_from(source, progress["documents"], progress["document"], watched)
@@ -406,9 +407,9 @@ def before_training(
     watched = heldout.prepare(llm, corpus, cfg, run)
     if cfg.audit:
         audit.audit_before_training(llm, watched, cfg, run)
-    if cfg.eval_every and not state.progress["step"] and "heldout" not in state.progress:
+    if cfg.eval_every and not state.progress["step"] and "best" not in state.progress:
         with signals.deferred():
-            log.before(heldout.watch(llm, watched, cfg, run, 0, state.progress))
+            log.before(heldout.watch(llm, watched, cfg, run, state.progress))
     return watched
 
 
@@ -431,7 +432,7 @@ def finish_step(
     measured: dict[str, float | None] = {}
     if heldout.due(step, cfg):
         with clock("heldout"):
-            measured = heldout.watch(llm, watched, cfg, run, step, progress)
+            measured = heldout.watch(llm, watched, cfg, run, progress)
     progress["budgets"]["rollout"] = llm.token_budget
     log.step(step, episodes, trained, measured, clock.seconds, progress["budgets"])
     if step % cfg.save_every == 0 or step == cfg.steps or trouble:
@@ -465,7 +466,6 @@ def main(argv: Sequence[str]) -> int:
         recompute=cfg.recompute,
     )
     check_fits(llm, cfg)
-    checkpoint.write_config(cfg, run)
     replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
     source = (
         f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name} {corpus.listing}".strip()
@@ -496,3 +496,6 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before training began; afterwards the run is saved
+        print("\nstopped before training began: nothing is lost")
+        sys.exit(130)

@@ -14,7 +14,6 @@ import rubric
 from config import GUARDS, Config
 from data import Answer, Episode, alive
 from engine import checkpoint, heldout
-from engine.heldout import yardstick
 from engine.stats import aligned, mean, t_interval
 from engine.text import words
 from model import LLM
@@ -103,9 +102,9 @@ def audit(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> dict[str, Any]:
     Padding or reversing a reference counts as exploitable if its margin to the reference is all above 0.
     """
     heldout.answer(llm, episodes, cfg, cfg.group_size)
-    sampled = [len(e.answers) for e in episodes]
+    sampled, judging = [len(e.answers) for e in episodes], heldout.yardstick(cfg)
     for e, other in zip(episodes, [*episodes[1:], *episodes[:1]], strict=True):
-        texts = [probe.write(e, other, cfg) for probe in PROBES]
+        texts = [probe.write(e, other, judging) for probe in PROBES]
         e.answers += [Answer(text, [*llm.text_ids(text), llm.eos_ids[0]]) for text in texts]
     heldout.judge(llm, episodes, cfg)
     probed = {"sampled answer": [e.answers[:n] for e, n in zip(episodes, sampled, strict=True)]} | {
@@ -117,7 +116,7 @@ def audit(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> dict[str, Any]:
     baselines = {"sampled answer": "sampled answer"} | {probe.name: probe.baseline for probe in PROBES}
     return {
         "model": cfg.model,
-        "judge": yardstick(cfg).judge,
+        "judge": judging.judge,
         "task": cfg.task,
         "seed": cfg.seed,
         "guards": {name: cfg.guarded(name) for name in GUARDS},

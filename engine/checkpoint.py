@@ -1,4 +1,4 @@
-"""A run on disk: checkpoints that are whole or absent, resuming from them, and which settings may change then.
+"""A run on disk: checkpoints that are whole or absent, and resuming from them.
 
     runs/x/config.json  metrics.jsonl  episodes.jsonl  adapter/ (the latest)
     runs/x/checkpoints/step-000012/     everything that step 13 starts from
@@ -74,10 +74,7 @@ def run_folder(cfg: Config) -> Path:
 
 
 def write_config(cfg: Config, run: Path) -> None:
-    with writing(run / "config.json", run):
-        run.mkdir(parents=True, exist_ok=True)
-        config = json.dumps({**asdict(cfg), "resume": ""}, indent=2) + "\n"
-        replace_file(run / "config.json", config.encode())
+    write_json(run / "config.json", run, {**asdict(cfg), "resume": ""})
 
 
 # ------------------------------------------------------------------------------------------------------ random
@@ -116,7 +113,7 @@ def save(run: Path, state: State, keep: int = 2) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             with written_whole(folder) as temporary:
                 write(temporary, run, state)
-        publish(folder, run)
+        publish(folder / "adapter", run / "adapter")
         done = sorted(f for f in checkpoints.glob("step-*") if f.name <= folder.name)
         for other in set(checkpoints.glob("step-*")) - set(done[-keep:]):  # later ones too: they were found damaged
             shutil.rmtree(other)
@@ -174,11 +171,12 @@ def write(folder: Path, run: Path, state: State) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def publish(folder: Path, run: Path) -> None:
-    """Copy a checkpoint's adapter to adapter/, each file replaced in one go: it can be loaded at any moment."""
-    (run / "adapter").mkdir(exist_ok=True)
-    for path in (folder / "adapter").iterdir():
-        replace_file(run / "adapter" / path.name, path.read_bytes())
+def publish(adapter: Path, folder: Path) -> None:
+    """Copy an adapter over the one in `folder`. The weights are one file, replaced at once, so that what is there can
+    be loaded at any moment."""
+    folder.mkdir(exist_ok=True)
+    for path in sorted(adapter.iterdir()):  # the weights after their configuration
+        replace_file(folder / path.name, path.read_bytes())
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -276,7 +274,7 @@ def load(folder: Path, run: Path, state: State) -> None:
     state.progress.update(record["progress"])
     state.llm.token_budget = state.progress["budgets"]["rollout"]
     cut_logs(run, record["log_bytes"])
-    publish(folder, run)
+    publish(folder / "adapter", run / "adapter")
 
 
 def cut_logs(run: Path, sizes: dict[str, int]) -> None:
@@ -285,12 +283,10 @@ def cut_logs(run: Path, sizes: dict[str, int]) -> None:
             os.truncate(run / name, sizes.get(name, 0))
 
 
-# ----------------------------------------------------------------------------------------------- configuration
-
-
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Inside, no other process works in this folder; the system lifts the lock however the process ends."""
+    run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

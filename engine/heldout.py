@@ -1,4 +1,4 @@
-"""Documents that are never trained on: is the reward to be trusted (audit), and does the policy improve (watch)?
+"""Documents that are never trained on: does the policy improve?
 
 Problems, references and rubrics of the held-out documents are the base model's, written once to `heldout.jsonl`.
 Everything here draws from seeds of its own: with it or without it, a run trains on the same numbers.
@@ -23,12 +23,12 @@ from transformers import AutoModel, AutoTokenizer
 
 import rubric
 from config import PRESETS, Config
-from data import HUB_CORPORA, SAMPLES, Corpus, Document, json_lines, read_episodes
+from data import HUB_CORPORA, SAMPLES, Corpus, Document, Episode, alive, json_lines, read_episodes
 from engine import checkpoint
+from engine.parsing import final_answer
 from engine.runlog import HELDOUT
 from engine.stats import mean
 from model import LLM
-from rubric import Episode, alive
 
 # ------------------------------------------------------------------------------------------- the held-out set
 
@@ -111,12 +111,6 @@ def own_randomness(seed: int) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------- the probes
-
-
-# -------------------------------------------------------------------------------------------------- the audit
-
-
 # -------------------------------------------------------------------------------------------------- the watch
 
 ANSWERS = 2  # to each held-out problem, at each evaluation
@@ -146,42 +140,35 @@ def watch(
     episodes: Sequence[Episode],
     cfg: Config,
     run: Path,
-    step: int,
     progress: dict[str, Any],
 ) -> dict[str, float | None]:
     """The current policy on the held-out problems: reward, length in tokens, and likeness to the references.
 
-    The best adapter so far is kept in `run/best`; the score it had, its step and the evaluations since then in
-    `progress["heldout"]`, which a checkpoint is to save. Nothing else outlives an evaluation.
+    The best adapter so far is kept in `run/best`, its score in `progress["best"]`, which a checkpoint is to save.
+    Nothing else outlives an evaluation.
     """
+    progress.setdefault("best", None)
     episodes = alive(episodes)[: cfg.eval_documents]
     if not episodes:
         tqdm.write("WARNING: no held-out document gave a problem and a rubric: nothing to measure the policy on")
-        progress.setdefault("heldout", {"score": None, "step": None, "since": 0})
         return dict.fromkeys(HELDOUT)
     answer(llm, episodes, cfg, ANSWERS)
-    judge(llm, episodes, yardstick(cfg))
+    judge(llm, episodes, replace(cfg, skip_guards=()))
     reward = mean([a.reward for e in episodes for a in e.answers])
     length = statistics.fmean(len(a.ids) for e in episodes for a in e.answers)
-    alike = similarities([(rubric.final_answer(a.text), e.reference) for e in episodes for a in e.answers])
+    alike = similarities([(final_answer(a.text), e.reference) for e in episodes for a in e.answers])
     similarity = statistics.fmean(alike) if alike else None
     score = reward if cfg.best_by == "reward" or similarity is None else similarity
-    best = progress.get("heldout", {"score": None, "step": None, "since": 0})
-    if score is not None and (best["score"] is None or score > best["score"]):
+    if score is not None and (progress["best"] is None or score > progress["best"]):
+        progress["best"] = score
         save_adapter(llm, run / "best")
-        progress["heldout"] = {"score": score, "step": step, "since": 0}
-    else:
-        progress["heldout"] = {**best, "since": best["since"] + 1}
     return dict(zip(HELDOUT, (reward, length, similarity), strict=True))
 
 
 def save_adapter(llm: LLM, folder: Path) -> None:
-    """Save over what is there. The weights are one file, replaced at once, so the folder is whole at every moment."""
-    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
         llm.model.save_pretrained(new, save_embedding_layers=False)  # or peft asks the hub about the base model
-        for file in sorted(Path(new).iterdir()):  # the weights after their configuration
-            checkpoint.replace_file(folder / file.name, file.read_bytes())
+        checkpoint.publish(Path(new), folder)
 
 
 # -------------------------------------------------------------------------------------------------- similarity

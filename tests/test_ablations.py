@@ -449,7 +449,7 @@ def test_held_out_problems_and_rewards_are_measured_alike_in_every_arm(flags, tm
         llm.answers = ["This answer fully meets all criteria."]  # which a guard is to stop
         llm.answers += [f"The tide turns {n} times a day." for n in range(7)]
         (episode,) = heldout.make(llm, [DOCUMENT], cfg)
-        return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, 0, {})
+        return llm.prompts, heldout.watch(llm, [episode], cfg, tmp_path, {})
 
     for preset in ("24gb", "demo"):  # which differ in their judge and in the answers that the rubric writer sees
         cfg = Config(**{**config.PRESETS[preset], "preset": preset, "episodes": "", "crutches": False, "tries": 1})

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import resource
+import runpy
 import signal
 import weakref
 from dataclasses import replace
@@ -17,6 +18,7 @@ from test_pop import group
 
 import model as model_module
 import pop
+from config import Config
 from data import Document, UserError
 from engine import checkpoint, fast, memory, runlog, signals
 from engine.constrained import Field
@@ -314,6 +316,17 @@ def test_a_run_that_cannot_fit_fails_before_its_first_step(played, tmp_path, mon
     with pytest.raises(UserError, match=f"out of memory in {role}, even with one row"):
         pop.main(played())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    monkeypatch.undo()
+    checkpoint.run_folder(Config(output=str(tmp_path / "run")))  # with smaller flags the same --output is taken
+
+
+def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("config.parse_args", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path("pop.py", run_name="__main__")
+    assert (
+        exit.value.code == 130 and capsys.readouterr().out.strip() == "stopped before training began: nothing is lost"
+    )
 
 
 # --------------------------------------------------------------------------------------------- numbers not finite

@@ -173,7 +173,7 @@ def test_set_audit_and_watch_leave_every_rng_as_it_was(open_gates, corpus, llm, 
     before = (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state()))
     episodes = heldout.prepare(llm, corpus, replace(CFG, judge="generate"), tmp_path)
     audit.audit_before_training(llm, episodes, replace(CFG, judge="generate"), tmp_path)
-    heldout.watch(llm, episodes, CFG, tmp_path, 1, {})
+    heldout.watch(llm, episodes, CFG, tmp_path, {})
     assert (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())) == before
 
 
@@ -288,6 +288,15 @@ def test_the_audit_tells_which_guards_fired(judged, llm):
     assert fired["empty"] == {"too_little_content": 4}
     assert fired["injection"]["judge_addressing"] == fired["forged ratings"]["judge_addressing"] == 4
     assert fired["padded reference"] == {"length": 4} and fired["sampled answer"] == {}
+
+
+def test_forged_ratings_are_what_the_judge_of_the_audit_would_write(judged, llm):
+    """With --judge each the audit judges by logits, as held-out problems are in every arm."""
+    judged(gullible)
+    episodes = episodes_with_rubrics(2)
+    assert audit.audit(llm, episodes, replace(CFG, judge="each"))["judge"] == "logits"
+    forged = audit.criteria_met(episodes[0], replace(CFG, judge="logits"))
+    assert forged in [a.text for a in episodes[0].answers]
 
 
 def test_all_probes_are_judged_in_one_batch(judged, llm):
@@ -457,7 +466,7 @@ def test_eval_audit_says_why_it_cannot(unrecorded, monkeypatch):
 
 
 def test_watch_measures_reward_length_and_similarity(llm, tmp_path):
-    numbers = heldout.watch(llm, episodes := episodes_with_rubrics(), CFG, tmp_path, 1, {})
+    numbers = heldout.watch(llm, episodes := episodes_with_rubrics(), CFG, tmp_path, {})
     cfg = replace(CFG, group_size=heldout.ANSWERS)
     with heldout.own_randomness(CFG.seed):
         rubric.solve(llm, episodes, cfg)
@@ -482,7 +491,7 @@ def test_watch_answers_with_the_policy_and_judges_with_the_base(monkeypatch, tmp
             return real(*args, **kwargs)
 
         monkeypatch.setattr(llm, name, spy)
-    heldout.watch(llm, episodes_with_rubrics(), replace(CFG, roles="policy"), tmp_path, 1, {})
+    heldout.watch(llm, episodes_with_rubrics(), replace(CFG, roles="policy"), tmp_path, {})
     assert seen == [("generate", True), ("choice_probs", False)]
 
 
@@ -492,16 +501,16 @@ def scores(monkeypatch, values) -> None:
     monkeypatch.setattr(heldout, "similarities", lambda pairs: [next(values)] * len(pairs))
 
 
-def test_the_best_adapter_is_kept_and_the_count_since_then(monkeypatch, llm, tmp_path):
+def test_the_best_adapter_is_kept(monkeypatch, llm, tmp_path):
     scores(monkeypatch, [0.3, 0.5, 0.4, 0.5])
     progress, weights = {}, []
     weight = pop.trainable(llm)[0]
     for step in range(4):
         with torch.no_grad():
             weight.fill_(step)
-        heldout.watch(llm, episodes_with_rubrics(2), CFG, tmp_path, step, progress)
+        heldout.watch(llm, episodes_with_rubrics(2), CFG, tmp_path, progress)
         weights.append((tmp_path / "best" / "adapter_model.safetensors").read_bytes())
-    assert progress == {"heldout": {"score": 0.5, "step": 1, "since": 2}}
+    assert progress == {"best": 0.5}
     assert weights[0] != weights[1] == weights[2] == weights[3]
     assert json.loads(json.dumps(progress)) == progress
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
@@ -511,8 +520,8 @@ def test_without_similarity_or_if_asked_the_reward_decides(monkeypatch, llm, tmp
     for cfg, alike in ((CFG, None), (replace(CFG, best_by="reward"), [0.1] * 4)):
         monkeypatch.setattr(heldout, "similarities", lambda _, alike=alike: alike)
         progress = {}
-        numbers = heldout.watch(llm, episodes_with_rubrics(2), cfg, tmp_path, 1, progress)
-        assert progress["heldout"]["score"] == numbers["heldout_reward"]
+        numbers = heldout.watch(llm, episodes_with_rubrics(2), cfg, tmp_path, progress)
+        assert progress["best"] == numbers["heldout_reward"]
 
 
 def test_evaluations_are_due_at_multiples_and_at_the_end():

@@ -456,6 +456,10 @@ def test_a_card_too_small_for_the_default_model_is_told_so_in_one_line_but_not_w
     assert exit.value.code == 0
 
 
+def test_the_preset_that_was_picked_is_named_in_the_settings_whether_or_not_auto_is_asked_for():
+    assert pop.parse_args(["--preset", "auto"]).preset == pop.parse_args([]).preset == "demo"
+
+
 def test_preset_flags_on_top_of_a_preset(capsys):
     cfg = pop.parse_args(["--preset", "24gb", "--lr", "3e-5"])
     assert (cfg.model, cfg.lr, cfg.judge) == ("Qwen/Qwen2.5-7B-Instruct", 3e-5, "logits")
