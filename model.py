@@ -39,7 +39,7 @@ PLAIN_FORMAT = {
 PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
 
 # How many times as long attention with a mask takes, per pair of tokens, as without. On CUDA a mask rules out
-# FlashAttention; 4 is a guess until it has been measured on a card.
+# FlashAttention: on an H200 3.9 times with 3,514 tokens, 1.2 with 704, where attention is a small part of the work.
 MASKED = {"cpu": 1.0, "cuda": 4.0}
 
 
