@@ -118,7 +118,8 @@ class Config:
     proposer_document: bool = True
     """Without it the proposer is given a word of the document, its topic, and no more."""
     rubric: Literal["written", "generic", "holistic"] = "written"
-    """written: for each problem; generic: the same four criteria always; holistic: none, but a score of the whole, 1 to 10 in words, 1 to 9 by logits."""
+    """written: for each problem; generic: the same four criteria always; holistic: none, but one score of the whole,
+    1 to 9 by logits and 1 to 10 if it is written."""
     rubric_document: bool = True
     """Without it the rubric writer sees neither document nor reference."""
     rubric_gold: bool = True
