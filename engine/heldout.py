@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import math
 import random
 import statistics
 import tempfile
@@ -25,6 +26,8 @@ import rubric
 from config import PRESETS, Config
 from data import HUB_CORPORA, SAMPLES, Corpus, Document, Episode, alive, json_lines, read_episodes
 from engine import checkpoint
+from engine.fast import segments_of
+from engine.memory import in_batches
 from engine.parsing import final_answer
 from engine.runlog import HELDOUT
 from engine.stats import mean
@@ -142,7 +145,7 @@ def watch(
     run: Path,
     progress: dict[str, Any],
 ) -> dict[str, float | None]:
-    """The current policy on the held-out problems: reward, length in tokens, and likeness to the references.
+    """The current policy on the held-out problems: what runlog.HELDOUT names.
 
     The best adapter so far is kept in `run/best`, its score in `progress["best"]`, which a checkpoint is to save.
     Nothing else outlives an evaluation.
@@ -158,11 +161,13 @@ def watch(
     length = statistics.fmean(len(a.ids) for e in episodes for a in e.answers)
     alike = similarities([(final_answer(a.text), e.reference) for e in episodes for a in e.answers])
     similarity = statistics.fmean(alike) if alike else None
-    score = reward if cfg.best_by == "reward" or similarity is None else similarity
+    logp = statistics.fmean(reference_logps(llm, [(e.problem, e.reference) for e in episodes]))
+    score = logp if cfg.best_by == "reference_logp" else similarity
+    score = reward if cfg.best_by == "reward" or score is None else score
     if score is not None and (progress["best"] is None or score > progress["best"]):
         progress["best"] = score
         save_adapter(llm, run / "best")
-    return dict(zip(HELDOUT, (reward, length, similarity), strict=True))
+    return dict(zip(HELDOUT, (reward, length, similarity, logp), strict=True))
 
 
 def save_adapter(llm: LLM, folder: Path) -> None:
@@ -171,7 +176,29 @@ def save_adapter(llm: LLM, folder: Path) -> None:
         checkpoint.publish(Path(new), folder)
 
 
-# -------------------------------------------------------------------------------------------------- similarity
+# ----------------------------------------------------------------------------- measures without judge and guards
+
+
+@torch.no_grad()
+def reference_logps(llm: LLM, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Of each (problem, reference) the mean log-probability, in nats, of the reference's tokens as the answer to the
+    problem alone, under the policy as it is, at temperature 1.
+
+    Nothing is sampled, so that small changes show. It tells whether the policy comes closer to what was written with
+    the document in view: to what is said, but also to how. Raises UserError if a pair exceeds the model's context.
+    """
+    rows = [(llm.encode("", problem), [llm.text_ids(reference)]) for problem, reference in pairs]
+    lengths = [len(prompt) + len(ids) for prompt, (ids,) in rows]
+    llm.check_length(max(lengths))
+    found = [math.nan] * len(rows)
+
+    def work(batch: list[int]) -> None:
+        logps, _ = llm.logps(*segments_of([rows[i] for i in batch], llm.pad_id), temperature=1.0)
+        for i, part in zip(batch, logps.split([len(rows[i][1][0]) for i in batch]), strict=True):
+            found[i] = part.mean().item()
+
+    in_batches(llm, "reference log-probabilities", [[i] for i in range(len(rows))], lengths, work)
+    return found
 
 
 def similarities(pairs: Sequence[tuple[str, str]]) -> list[float] | None:

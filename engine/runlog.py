@@ -19,7 +19,9 @@ from engine import checkpoint
 from engine.stats import mean
 
 TRAINED = ("loss", "kl", "entropy", "clipped", "grad_norm", "lr", "trained_tokens", "skipped_updates")
-HELDOUT = ("heldout_reward", "heldout_length", "heldout_similarity")
+# Of the policy on held-out problems, means: reward; tokens of an answer; likeness to the references (cosine); and their
+# log-probability given the problem alone (nats a token). In the last two neither judge nor guards have a part.
+HELDOUT = ("heldout_reward", "heldout_length", "heldout_similarity", "heldout_reference_logp")
 SHOW_EVERY = 5  # steps between examples on the console
 
 

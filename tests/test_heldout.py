@@ -1,5 +1,6 @@
 """Held-out documents: set aside for good, audited with probes, watched while training."""
 
+import contextlib
 import json
 import math
 import random
@@ -19,7 +20,7 @@ import eval as evaluation
 import pop
 import rubric
 from data import SAMPLES, Corpus, Document, UserError
-from engine import audit, guards, heldout, runlog, sources, stats
+from engine import audit, fast, guards, heldout, runlog, sources, stats
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -465,7 +466,7 @@ def test_eval_audit_says_why_it_cannot(unrecorded, monkeypatch):
 # -------------------------------------------------------------------------------------------------- the watch
 
 
-def test_watch_measures_reward_length_and_similarity(llm, tmp_path):
+def test_watch_measures_reward_length_similarity_and_reference_logp(llm, tmp_path):
     numbers = heldout.watch(llm, episodes := episodes_with_rubrics(), CFG, tmp_path, {})
     cfg = replace(CFG, group_size=heldout.ANSWERS)
     with heldout.own_randomness(CFG.seed):
@@ -478,6 +479,8 @@ def test_watch_measures_reward_length_and_similarity(llm, tmp_path):
     assert numbers["heldout_reward"] == pytest.approx(sum(rewards) / 8)
     assert numbers["heldout_length"] == sum(len(a.ids) for a, _ in answers) / 8
     assert numbers["heldout_similarity"] == pytest.approx(sum(alike) / 8)
+    logps = heldout.reference_logps(llm, [(e.problem, e.reference) for e in episodes])
+    assert numbers["heldout_reference_logp"] == pytest.approx(sum(logps) / 4)
 
 
 def test_watch_answers_with_the_policy_and_judges_with_the_base(monkeypatch, tmp_path):
@@ -524,6 +527,12 @@ def test_without_similarity_or_if_asked_the_reward_decides(monkeypatch, llm, tmp
         assert progress["best"] == numbers["heldout_reward"]
 
 
+def test_the_log_probability_of_the_references_decides_if_asked(llm, tmp_path):
+    progress = {}
+    numbers = heldout.watch(llm, episodes_with_rubrics(2), replace(CFG, best_by="reference_logp"), tmp_path, progress)
+    assert progress["best"] == numbers["heldout_reference_logp"] < 0
+
+
 def test_evaluations_are_due_at_multiples_and_at_the_end():
     cfg = replace(CFG, steps=7, eval_every=3)
     assert [step for step in range(1, 8) if heldout.due(step, cfg)] == [3, 6, 7]
@@ -549,6 +558,37 @@ def test_a_save_of_the_best_that_is_cut_short_leaves_the_former_one(monkeypatch,
     monkeypatch.undo()
     heldout.save_adapter(llm, tmp_path / "best")
     assert (tmp_path / "best" / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+
+
+# ----------------------------------------------------------------------------- measures without judge and guards
+
+
+def test_reference_logps_are_the_mean_log_probabilities_of_a_plain_pass_over_each_text(llm):
+    pairs = [("Why?", "Because of yeast."), ("How does a tide turn, and why twice a day?", "By the moon.")]
+    llm.token_budget = 60  # a batch each
+    for off in (False, True):
+        with llm.adapters_off() if off else contextlib.nullcontext():
+            found = heldout.reference_logps(llm, pairs)
+            for value, (problem, reference) in zip(found, pairs, strict=True):
+                prompt, said = llm.encode("", problem), llm.text_ids(reference)
+                logits = llm.model(torch.tensor([[*prompt, *said]])).logits[0, len(prompt) - 1 : -1]
+                expected = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(said))
+                assert value == pytest.approx(-expected.item(), abs=1e-5)
+    assert llm.token_budget == 60
+
+
+def test_training_on_the_reference_raises_its_log_probability_and_not_that_of_another(llm):
+    pairs = [("Why does bread rise?", "Yeast makes gas."), ("Why do tides turn?", "The moon pulls.")]
+    before = heldout.reference_logps(llm, pairs)
+    (prompt, said) = llm.encode("", pairs[0][0]), llm.text_ids(pairs[0][1])
+    optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.05)
+    for _ in range(5):
+        logps, _ = llm.logps(*fast.segments_of([(prompt, [said])], llm.pad_id), temperature=1.0)
+        (-logps.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gained = [after - was for after, was in zip(heldout.reference_logps(llm, pairs), before, strict=True)]
+    assert gained[0] > 0.05 and gained[0] > gained[1]
 
 
 # -------------------------------------------------------------------------------------------------- similarity
@@ -625,7 +665,7 @@ def test_audit_and_watch_do_not_change_what_a_run_trains_on(run):
 def test_held_out_numbers_are_null_where_nothing_was_measured(run):
     metrics = lines(run("run", "--audit", "0", "--eval-every", "2", "--eval-documents", "2") / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2]  # 0: before training
-    assert [[m[name] is None for name in runlog.HELDOUT] for m in metrics] == [[False] * 3, [True] * 3, [False] * 3]
+    assert [[m[name] is None for name in runlog.HELDOUT] for m in metrics] == [[False] * 4, [True] * 4, [False] * 4]
 
 
 def test_a_run_never_trains_on_its_held_out_documents(run, corpus):
