@@ -13,10 +13,10 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -27,14 +27,13 @@ from config import Config, parse_args
 from data import Answer, Corpus, Document, Episode, Unreachable, UserError, alive
 from engine import audit, checkpoint, heldout, memory, runlog, sources
 from engine.checkpoint import State
-from engine.fast import batches, segments_of, share_prompts
+from engine.fast import segments_of
+from engine.packing import Group, MicroBatch, answers_in, fitting
 from engine.runlog import Clock
 from engine.signals import RESUMABLE, Interrupted, Signals, survive_closed_output
 from engine.sources import documents_from
 from lab import plan, report
-from model import LLM, MASKED, load
-
-T = TypeVar("T")
+from model import LLM, load
 
 # ------------------------------------------------------------------------------------------ the self-play step
 
@@ -155,16 +154,6 @@ def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor, lengths: Sequence[int
 # --------------------------------------------------------------------------------------------------- the update
 
 
-@dataclass
-class Group:
-    """A prompt and answers to it with their advantages: all that are trained on, or those of one row of a batch."""
-
-    prompt: list[int]
-    answers: list[Answer]
-    advantages: list[float]
-
-
-MicroBatch = list[Group]  # its rows; a row is a prompt, prefilled once, with some of its answers behind it
 Logps = dict[int, torch.Tensor]  # id of an answer -> (C,), the log-probabilities of its tokens
 
 
@@ -198,29 +187,6 @@ DPO_WORDS_APART = 100  # pairs whose lengths differ by more words are left out
 def words_apart(pair: tuple[Answer, Answer]) -> int:
     one, other = (len(a.text.split()) for a in pair)
     return abs(one - other)
-
-
-def micro_batches(llm: LLM, groups: Sequence[Group], budget: int, cfg: Config) -> list[MicroBatch]:
-    """The answers of all groups in rows, those of similar length together, each batch under `budget` tokens.
-
-    A pair of DPO stays in one row, since its loss is of both answers together.
-    """
-    rows = []
-    for g in groups:
-        lengths, every = [len(a.ids) for a in g.answers], [list(range(len(g.answers)))]
-        shared = share_prompts(len(g.prompt), lengths, budget, llm.pairs_a_token, MASKED[llm.kind])
-        for members in every if cfg.loss == "dpo" else shared:
-            rows.append(Group(g.prompt, [g.answers[i] for i in members], [g.advantages[i] for i in members]))
-    planned = batches([[i] for i in range(len(rows))], [row_tokens(row) for row in rows], budget)
-    return [[rows[i] for i in batch] for batch in planned]
-
-
-def row_tokens(row: Group) -> int:
-    return len(row.prompt) + sum(len(a.ids) for a in row.answers)
-
-
-def answers_in(batch: MicroBatch) -> list[Answer]:
-    return [a for row in batch for a in row.answers]
 
 
 def batch_logps(llm: LLM, batch: MicroBatch, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,24 +234,6 @@ def gradient(
             means[name] += value / total
         bar.update(len(answers))
     return means
-
-
-def fitting(llm: LLM, state: State, groups: Sequence[Group], cfg: Config, work: Callable[[list[MicroBatch]], T]) -> T:
-    """work(micro-batches); where memory runs out, again with the gradient zeroed and under half the token budget."""
-
-    def parts() -> list[MicroBatch]:
-        return micro_batches(llm, groups, state.progress["budgets"]["update"], cfg)
-
-    def smaller() -> None:
-        state.optimizer.zero_grad(set_to_none=True)
-        rows = max(len(part) for part in parts())
-        longest = max(row_tokens(row) for part in parts() for row in part)
-        if rows == 1 and all(len(row.answers) == 1 or cfg.loss == "dpo" for part in parts() for row in part):
-            raise UserError(memory.one_row_too_long("update", longest))
-        state.progress["budgets"]["update"] = min(state.progress["budgets"]["update"], rows * longest) // 2
-        tqdm.write(f"out of memory in the update: now under {state.progress['budgets']['update']} tokens a batch")
-
-    return memory.within_memory(lambda: work(parts()), smaller)
 
 
 def update(llm: LLM, state: State, episodes: Sequence[Episode], cfg: Config) -> dict[str, float | None]:

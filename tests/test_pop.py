@@ -20,7 +20,7 @@ from conftest import tiny_llm
 import config
 import pop
 from data import Document, UserError
-from engine import checkpoint, runlog
+from engine import checkpoint, packing, runlog
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -245,7 +245,7 @@ def test_update_equals_a_naive_float64_version(seed):
 def test_micro_batch_size_does_not_change_the_gradient(llm):
     episodes = [group(llm, [1.0, 0.0, 0.5, 0.2], seed=s, prompt="Why" + "?" * s) for s in range(3)]
     one_by_one, all_at_once = (gradients(llm, episodes, replace(CFG, update_tokens=n)) for n in (1, 100_000))
-    assert [len(pop.micro_batches(llm, pop.groups_of(episodes, CFG), n, CFG)) for n in (1, 100_000)] == [12, 1]
+    assert [len(packing.micro_batches(llm, pop.groups_of(episodes, CFG), n, CFG)) for n in (1, 100_000)] == [12, 1]
     for a, b in zip(one_by_one, all_at_once, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
 
