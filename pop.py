@@ -6,6 +6,7 @@
 Shape letters as in model.py: B rows, T tokens of a row, N completion tokens of a whole batch, G answers of a group.
 """
 
+import contextlib
 import itertools
 import math
 import random
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 import rubric
 from config import Config, parse_args
 from data import Answer, Corpus, Document, Episode, Unreachable, UserError, alive
-from engine import audit, checkpoint, heldout, memory, runlog, sources
+from engine import audit, checkpoint, heldout, memory, parallel, runlog, sources
 from engine.checkpoint import State
 from engine.fast import segments_of
 from engine.packing import Group, MicroBatch, answers_in, fitting
@@ -42,7 +43,7 @@ def play(
     llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Random, clock: Clock | None = None
 ) -> list[Episode]:
     """One round of self-play: documents in, graded groups of answers out. Dropped episodes say why."""
-    clock = clock or Clock()
+    clock, documents = clock or Clock(), parallel.share(documents)
     if cfg.episodes:
         episodes = sources.replayed(documents, cfg)
     else:
@@ -57,6 +58,7 @@ def play(
             rubric.judge(llm, alive(episodes), cfg)
             rubric.check_rubrics(llm, alive(episodes), cfg)
     grade(alive(episodes), cfg)
+    episodes = parallel.together(episodes)
     keep_widest(episodes, cfg.documents)
     return episodes
 
@@ -208,11 +210,11 @@ def score(llm: LLM, parts: Sequence[MicroBatch], cfg: Config) -> Logps:
 
 
 def gradient(
-    llm: LLM, parts: Sequence[MicroBatch], old: Logps, ref: Logps, cfg: Config, bar: "tqdm[Any]"
+    llm: LLM, parts: Sequence[MicroBatch], everything: Sequence[Answer], old: Logps, ref: Logps, cfg: Config, bar: Any
 ) -> dict[str, float]:
-    """Accumulate the gradient of one update; returns the loss, and other metrics as means over the tokens."""
+    """Accumulate the gradient of the parts of an update on `everything`; returns what they add to the loss and to the
+    means of other metrics over all tokens."""
     means: dict[str, float] = defaultdict(float)
-    everything = [a for part in parts for a in answers_in(part)]
     total = sum(len(a.ids) for a in everything)
     for part in parts:
         answers = answers_in(part)
@@ -244,19 +246,22 @@ def update(llm: LLM, state: State, episodes: Sequence[Episode], cfg: Config) -> 
     groups = groups_of(episodes, cfg)
     if not groups:  # DPO may find no pair
         return {}
-    total = sum(len(a.ids) for g in groups for a in g.answers)
+    everything = [a for g in groups for a in g.answers]
+    mine = parallel.share(groups)
     sums: dict[str, float] = defaultdict(float)
     old: Logps = {}
     ref: Logps = {}
-    rows = sum(len(g.answers) for g in groups) * cfg.updates_per_batch
+    rows = sum(len(g.answers) for g in mine) * cfg.updates_per_batch
     with llm.training(), tqdm(total=rows, desc="update", unit="row", leave=False) as bar:
         if cfg.kl_coef > 0 or cfg.loss == "dpo":
             with llm.adapters_off():
-                ref = fitting(llm, state, groups, cfg, lambda parts: score(llm, parts, cfg))
+                ref = fitting(llm, state, mine, cfg, lambda parts: score(llm, parts, cfg))
         if cfg.updates_per_batch > 1:
-            old = fitting(llm, state, groups, cfg, lambda parts: score(llm, parts, cfg))
+            old = fitting(llm, state, mine, cfg, lambda parts: score(llm, parts, cfg))
         for _ in range(cfg.updates_per_batch):
-            means = fitting(llm, state, groups, cfg, lambda parts: gradient(llm, parts, old, ref, cfg, bar))
+            means = fitting(llm, state, mine, cfg, lambda parts: gradient(llm, parts, everything, old, ref, cfg, bar))
+            means = parallel.summed(means)
+            parallel.sum_gradients(trainable(llm))
             for name, value in means.items():
                 sums[name] += value / cfg.updates_per_batch
             sums["lr"] = state.optimizer.param_groups[0]["lr"]
@@ -269,7 +274,8 @@ def update(llm: LLM, state: State, episodes: Sequence[Episode], cfg: Config) -> 
                 sums["skipped_updates"] += 1
                 state.progress["nonfinite"] += 1
             state.optimizer.zero_grad(set_to_none=True)
-    metrics = {"skipped_updates": 0, **sums, "grad_norm": norm, "trained_tokens": total}
+    tokens = sum(len(a.ids) for a in everything)
+    metrics = {"skipped_updates": 0, **sums, "grad_norm": norm, "trained_tokens": tokens}
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
@@ -305,29 +311,32 @@ def lr_factor(update: int, warmup: int, total: int) -> float:
 
 
 def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
-    """The loop: play, update, write down. Files in `run`: see checkpoint.py.
+    """The loop: play, update, write down. Files in `run`: see checkpoint.py. Of several processes the first writes.
 
     Raises Interrupted or Unreachable when the run can go on later: what was done in unfinished steps is undone and
     the rest is saved.
     """
     state = new_state(llm, cfg)
-    checkpoint.resume(run, state)
+    first = parallel.is_first()
+    checkpoint.resume(run, state, tidy=first)
     progress = state.progress
     if progress["step"] == cfg.steps:
         return
     finished = checkpoint.rng_states(state.rng)  # as the last finished step left them
     progress["budgets"]["update"] = memory.rehearse(llm, cfg, progress["budgets"]["update"])
-    checkpoint.write_config(cfg, run)  # from here on there is a run to resume
-    log = runlog.Log(cfg, run, corpus)
+    if first:
+        checkpoint.write_config(cfg, run)  # from here on there is a run to resume
+        log = runlog.Log(cfg, run, corpus)
     with Signals() as signals:
         try:
-            watched = before_training(llm, corpus, cfg, run, state, log, signals)
+            watched = parallel.by_first(lambda: before_training(llm, corpus, cfg, run, state, log, signals))
             source = sources.source(corpus, cfg, watched)
             documents = documents_from(source, progress["documents"], progress["document"], watched)
             while progress["step"] < cfg.steps:
                 clock = Clock()
                 left = cfg.documents_total - progress["documents"] if cfg.synthesize else cfg.documents_taken
                 batch = list(itertools.islice(documents, min(left, cfg.documents_taken)))
+                parallel.own_randomness(state.rng, cfg.seed, progress["step"])
                 episodes = play(llm, batch, cfg, state.rng, clock)
                 with signals.deferred():
                     trained: dict[str, float | None] = {}
@@ -336,16 +345,19 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                             trained = update(llm, state, alive(episodes), cfg)
                     consumed = progress["documents"] + len(batch)
                     progress.update(step=progress["step"] + 1, documents=consumed, document=batch[-1].identity)
-                    finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
+                    if first:
+                        finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
                     finished = checkpoint.rng_states(state.rng)
         except (Interrupted, Unreachable):
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
             checkpoint.set_rng_states(state.rng, finished)
-            checkpoint.save(run, state)
+            if first:
+                checkpoint.save(run, state)
             raise
         finally:  # while signals are still ours: a closing terminal often sends two
-            report.refresh(run)
+            if first:
+                report.refresh(run)
 
 
 def before_training(
@@ -393,18 +405,20 @@ def finish_step(
 
 def main(argv: Sequence[str]) -> int:
     survive_closed_output()
+    parallel.start()
     if argv[:1] == ["synthesize"]:
         argv = ["--synthesize", *argv[1:]]
     cfg = parse_args(argv)
     if cfg.dry_run:
         print(plan.plan(cfg))
         return 0
+    parallel.check(cfg.documents_taken)
     corpus = sources.open_corpus(cfg)
     if not cfg.episodes or cfg.audit or cfg.eval_every:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
     if cfg.episodes:
         sources.recording(cfg)
-    run = checkpoint.run_folder(cfg)
+    run = parallel.by_first(lambda: checkpoint.run_folder(cfg))
     llm = load(
         cfg.model,
         **cfg.loading,
@@ -421,7 +435,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
     print(runlog.amount(cfg, len(sources.recording(cfg).episodes) if cfg.episodes else 0))
     try:
-        with checkpoint.locked(run):
+        with checkpoint.locked(run) if parallel.is_first() else contextlib.nullcontext():
             train(llm, corpus, cfg, run)
     except (Interrupted, Unreachable) as why:
         print(f"\n{why}: the run is saved and resumable with: python pop.py --resume {shlex.quote(str(run))}")

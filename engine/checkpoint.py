@@ -247,17 +247,21 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def resume(run: Path, state: State) -> None:
-    """Put the newest whole checkpoint of a run, if it has one, into `state`; else begin its logs anew."""
+def resume(run: Path, state: State, tidy: bool = True) -> None:
+    """Put the newest whole checkpoint of a run, if it has one, into `state`. tidy: cut the logs back to where they were
+    then, or begin them anew, and bring adapter/ up to date."""
     saved = newest(run)
-    if saved:
-        load(saved, run, state)
-    else:
-        cut_logs(run, {})
+    log_bytes = load(saved, state) if saved else {}
+    if tidy:
+        for name in LOGS:
+            if (run / name).exists():
+                os.truncate(run / name, log_bytes.get(name, 0))
+        if saved:
+            publish(saved / "adapter", run / "adapter")
 
 
-def load(folder: Path, run: Path, state: State) -> None:
-    """Put a whole checkpoint into `state`, and cut the logs back to where they were."""
+def load(folder: Path, state: State) -> dict[str, int]:
+    """Put a whole checkpoint into `state`; returns the lengths of the logs then."""
     from peft import set_peft_model_state_dict
 
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -273,14 +277,7 @@ def load(folder: Path, run: Path, state: State) -> None:
     set_rng_states(state.rng, {"python": python, **load_file(folder / "rng.safetensors")})
     state.progress.update(record["progress"])
     state.llm.token_budget = state.progress["budgets"]["rollout"]
-    cut_logs(run, record["log_bytes"])
-    publish(folder / "adapter", run / "adapter")
-
-
-def cut_logs(run: Path, sizes: dict[str, int]) -> None:
-    for name in LOGS:
-        if (run / name).exists():
-            os.truncate(run / name, sizes.get(name, 0))
+    return record["log_bytes"]
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     checkpoint.save(tmp_path, old, keep=1)
     wanted = step(old)
     new = state(1)
-    checkpoint.load(tmp_path / "checkpoints" / "step-000003", tmp_path, new)
+    checkpoint.load(tmp_path / "checkpoints" / "step-000003", new)
     got = step(new)
     assert (got[0], got[1].tolist(), got[2]) == (wanted[0], wanted[1].tolist(), wanted[2])
     assert new.progress == old.progress and new.llm.token_budget == 9
