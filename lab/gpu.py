@@ -72,11 +72,11 @@ class Part:
     """What a part works with, and what it found out, which is written to `path` at every step."""
 
     def __init__(self, name: str, rehearsal: bool, path: Path) -> None:
-        self.name, self.path, self.sizes = name, path, TINY if rehearsal else FULL
-        self.start = time.monotonic()
+        self.path, self.sizes, self.start = path, TINY if rehearsal else FULL, time.monotonic()
         self.device, self.dtype = place()
         self.found: dict[str, Any] = {"machine": machine() | {"rehearsal": rehearsal, "cap": CAP}}
         self.found |= {"figures": {}, "goals": {}, "said": []}
+        self.write("; ".join([name, *(f"{what} {shown(value)}" for what, value in self.found["machine"].items())]))
 
     def say(self, text: str) -> None:
         self.found["said"].append(text)
@@ -388,58 +388,46 @@ def shown(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def table(parts: dict[str, dict[str, Any]]) -> str:
-    facts = {name: value for found in parts.values() for name, value in found["machine"].items()}
-    lines = ["; ".join(f"{name} {shown(value)}" for name, value in facts.items()), ""]
-    lines += ["| part | figure | value | goal |", "|---|---|---|---|"]
-    for part, found in parts.items():
-        for name, value in found["figures"].items():
-            lines.append(f"| {part} | {name} | {shown(value)} | {found['goals'].get(name, '')} |")
-        lines += [f"| {part} | {text} | | |" for text in found["said"]]
-    return "\n".join(lines)
-
-
 def run_apart(part: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """One part in a process of its own, which is ended when its time is up; returns as much as it found."""
-    path = beside(args.output, part)
+    path = Path(f"{args.output}-{part}.json")
     path.unlink(missing_ok=True)
     command = [*COMMAND, "--parts", part, "--output", args.output, *["--rehearse"] * args.rehearse]
-    process, ended = subprocess.Popen(command, start_new_session=True), []
+    process, ended = subprocess.Popen(command, start_new_session=True), ""
     try:
         if code := process.wait(max(0, seconds)):
-            ended = [f"{part} ended with {code}"]
+            ended = f"{part} ended with {code}"
     except subprocess.TimeoutExpired:
-        ended = [f"{part} was stopped, as {LIMIT} seconds were over"]
+        ended = f"{part} was stopped, as {LIMIT} seconds were over"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own processes as well
-    found = json.loads(path.read_text()) if path.exists() else {"machine": {}, "figures": {}, "goals": {}, "said": []}
-    return found | {"said": found["said"] + ended}
-
-
-def beside(output: str, part: str) -> Path:
-    return Path(f"{output}-{part}.json")
+    found = json.loads(path.read_text()) if path.exists() else {"figures": {}, "said": []}
+    if ended:
+        print(ended, flush=True)
+        found["said"].append(ended)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU if there is no card")
-    parser.add_argument("--output", default="runs/gpu", help="where to write the .json and the .md")
+    parser.add_argument("--output", default="runs/gpu", help="begins the names of the .json files")
     args = parser.parse_args(argv)
     if not (torch.cuda.is_available() or args.rehearse):
         sys.exit("error: no CUDA card found (--rehearse tries the script out on the CPU)")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     if len(args.parts) == 1:
-        part = Part(args.parts[0], args.rehearse, beside(args.output, args.parts[0]))
-        with part.alone(part.name):
-            PARTS[part.name](part)
+        (name,) = args.parts
+        part = Part(name, args.rehearse, Path(f"{args.output}-{name}.json"))
+        with part.alone(name):
+            PARTS[name](part)
         return
     end = time.monotonic() + LIMIT
     parts = {part: run_apart(part, args, end - time.monotonic()) for part in args.parts}
     Path(f"{args.output}.json").write_text(json.dumps(parts, indent=1) + "\n")
-    Path(f"{args.output}.md").write_text(table(parts) + "\n")
-    print(f"\n{table(parts)}\n\nwritten to {args.output}.json and .md")
+    print(f"all figures in {args.output}.json")
 
 
 if __name__ == "__main__":

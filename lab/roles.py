@@ -76,7 +76,11 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
     reached = gated + len(proposed) + sum(n for why, n in reasons["proposer"].items() if why.startswith("reference"))
     criteria = [(e, c) for e in with_rubric for c in e.rubric]
     golds = [(e, c) for e, c in criteria if c.gold != rubric.NO_GOLD]
-    found = [known(content_words(c.gold), content_words(e.document.text)) for e, c in golds]
+    found = [  # most of the gold's words
+        len(words & content_words(e.document.text)) >= 0.6 * len(words)
+        for e, c in golds
+        for words in [content_words(c.gold)]
+    ]
     named = [
         len(content_words(f"{c.name} {c.description} {c.gold}") & content_words(f"{e.problem} {e.document.text}")) > 1
         for e, c in criteria
@@ -105,11 +109,6 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
         "spread within a group, mean": f"{statistics.fmean(spread):.3f}" if spread else "-",
         "reference above another document's": share(sum(above), len(above)),
     }
-
-
-def known(gold: set[str], document: set[str]) -> bool:
-    """Whether most of a gold answer's words stand in the document."""
-    return len(gold & document) >= 0.6 * len(gold)
 
 
 def rounded(answer: Answer, episode: Episode) -> float:

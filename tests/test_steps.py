@@ -9,7 +9,7 @@ from conftest import byte_tokenizer
 
 from data import Answer, Criterion, Document, Episode, UserError
 from engine import fast
-from lab import steps
+from lab import bench, steps
 from lab.plan import GIB
 from lab.steps import Meter, Replay, Work, recorded
 
@@ -132,6 +132,13 @@ def test_sides_take_turns_in_processes_of_their_own(capsys):
     }
     lines = [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()]
     assert [name.strip() for _, name in lines] == ["b", "a", "a", "b", "b", "a"]
+
+
+def test_without_trl_the_comparison_ends_with_one_line(monkeypatch):
+    monkeypatch.setattr(bench, "GRPOConfig", None)
+    monkeypatch.setattr("sys.argv", ["bench"])
+    with pytest.raises(SystemExit, match=r"^error: TRL is not installed: pip install 'trl>=1.16'$"):
+        bench.main()
 
 
 def test_a_side_that_ends_is_a_user_error():
