@@ -38,7 +38,7 @@ from torch.nn import functional as F
 import pop
 from config import PRESETS, Config
 from engine import fast, loading
-from engine.memory import Batch, rehearse, rehearse_rollout, rehearse_update, work_of
+from engine.memory import rehearse, rehearse_rollout, rehearse_update, work_of
 from lab import bench, plan, steps
 from lab.plan import GIB, Shapes
 from model import LLM
@@ -274,7 +274,8 @@ def out_of_memory(s: Part, llm: LLM) -> None:
 
 
 def memory(s: Part) -> None:
-    """The largest batch of each role of --preset 24gb, under a 24 GB card's memory: predicted and measured."""
+    """The largest batch of each role of --preset 24gb, under a 24 GB card's memory: predicted and measured; of the
+    decoding the last step alone."""
     llm = random_llm(s.sizes.shapes, s.device, s.dtype)
     cfg = Config(**PRESETS["24gb"] | {"preset": "24gb"} | s.sizes.phases)
     work, meter = work_of(cfg), steps.Meter()
@@ -286,9 +287,14 @@ def memory(s: Part) -> None:
     for role, batch in work.items():
         with s.alone(role):
             if role == "update":
-                moments.clear()  # it brings its own
+                moments.clear()  # its rehearsal brings its own
             with meter(role):
-                largest(llm, role, batch, cfg.group_size)
+                if role == "judge":  # its prefixes, which a run's rehearsal leaves out
+                    prefixes = [[1 + g] * (batch.prompt - batch.rest) for g in range(batch.prefixes)]
+                    rows = [p + [1 + i] * batch.rest for p in prefixes for i in range(cfg.group_size)]
+                    llm.choice_probs(rows, [48, 49, 50])
+                else:
+                    (rehearse_update if role == "update" else rehearse_rollout)(llm, batch)
             peak = (meter.peak[role] + plan.CONTEXT["cuda"]) / GIB
             s.note(f"{role}: s", meter.seconds[role])
             s.note(f"{role}: GiB planned", planned[role] / GIB)
@@ -300,17 +306,6 @@ def memory(s: Part) -> None:
         s.note("rehearsal: rollout tokens a batch", llm.token_budget, least=cfg.rollout_tokens)
         s.note("rehearsal: the dequantized copy stays", llm.dequantize)
         s.note("rehearsal: s", time.perf_counter() - start, most=60)
-
-
-def largest(llm: LLM, role: str, batch: Batch, group_size: int) -> None:
-    """What takes the memory of a role's largest batch; of the decoding the last step alone."""
-    if role == "update":
-        rehearse_update(llm, batch)
-    elif batch.new:
-        rehearse_rollout(llm, batch)
-    else:  # a prefix for each group, which a run's rehearsal leaves out
-        prefixes = [[1 + g] * (batch.prompt - batch.rest) for g in range(batch.prefixes)]
-        llm.choice_probs([p + [1 + i] * batch.rest for p in prefixes for i in range(group_size)], [48, 49, 50])
 
 
 def decoding(s: Part) -> None:
@@ -388,25 +383,19 @@ def shown(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def run_apart(part: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """One part in a process of its own, which is ended when its time is up; returns as much as it found."""
-    path = Path(f"{args.output}-{part}.json")
-    path.unlink(missing_ok=True)
+def run_apart(part: str, args: argparse.Namespace, seconds: float) -> None:
+    """One part in a process of its own, which is ended when its time is up; what it found so far is on disk."""
+    Path(f"{args.output}-{part}.json").unlink(missing_ok=True)
     command = [*COMMAND, "--parts", part, "--output", args.output, *["--rehearse"] * args.rehearse]
-    process, ended = subprocess.Popen(command, start_new_session=True), ""
+    process = subprocess.Popen(command, start_new_session=True)
     try:
         if code := process.wait(max(0, seconds)):
-            ended = f"{part} ended with {code}"
+            print(f"{part} ended with {code}", flush=True)
     except subprocess.TimeoutExpired:
-        ended = f"{part} was stopped, as {LIMIT} seconds were over"
+        print(f"{part} was stopped, as {LIMIT} seconds were over", flush=True)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own processes as well
-    found = json.loads(path.read_text()) if path.exists() else {"figures": {}, "said": []}
-    if ended:
-        print(ended, flush=True)
-        found["said"].append(ended)
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -425,9 +414,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             PARTS[name](part)
         return
     end = time.monotonic() + LIMIT
-    parts = {part: run_apart(part, args, end - time.monotonic()) for part in args.parts}
-    Path(f"{args.output}.json").write_text(json.dumps(parts, indent=1) + "\n")
-    print(f"all figures in {args.output}.json")
+    for part in args.parts:
+        run_apart(part, args, end - time.monotonic())
+    print(f"all figures in {args.output}-PART.json")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_a_part_that_fails_keeps_what_it_had_found(tmp_path, monkeypatch, capsys
 SCRIPT = """
 import json, os, signal, sys, time
 part, output = sys.argv[2], sys.argv[sys.argv.index("--output") + 1]
-found = {"machine": {"card": "none"}, "figures": {"a figure of " + part: 1}, "goals": {}, "said": []}
+found = {"figures": {"a figure of " + part: 1}}
 open(f"{output}-{part}.json", "w").write(json.dumps(found))
 if part == "attention":
     os.kill(os.getpid(), signal.SIGKILL)  # as a card can end a process
@@ -61,11 +61,14 @@ def test_no_part_stops_another_and_their_time_has_an_end(tmp_path, monkeypatch, 
     monkeypatch.setattr(gpu, "COMMAND", [sys.executable, str(tmp_path / "script.py")])
     monkeypatch.setattr(gpu, "LIMIT", 3)
     parts = ["attention", "same", "memory", "decoding"]
+    (tmp_path / "out-decoding.json").write_text("{}")
     gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", *parts])
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [found[part]["figures"].get(f"a figure of {part}") for part in parts[:3]] == [1, 1, 1]
-    said = {part: found[part]["said"] for part in parts}
-    assert said["attention"] == ["attention ended with -9"] and not said["same"]
-    assert said["memory"] == ["memory was stopped, as 3 seconds were over"]
-    printed = capsys.readouterr().out
-    assert "attention ended with -9\n" in printed and f"all figures in {tmp_path}/out.json" in printed
+    found = [json.loads((tmp_path / f"out-{part}.json").read_text()) for part in parts[:3]]
+    assert found == [{"figures": {f"a figure of {part}": 1}} for part in parts[:3]]
+    assert not (tmp_path / "out-decoding.json").exists()  # nor what an earlier run had left there
+    assert capsys.readouterr().out.splitlines() == [
+        "attention ended with -9",
+        "memory was stopped, as 3 seconds were over",
+        "decoding was stopped, as 3 seconds were over",
+        f"all figures in {tmp_path}/out-PART.json",
+    ]
