@@ -8,16 +8,16 @@ phase by phase on a clock, but for the sampled tokens, which are given to both (
 on is compared with what was recorded.
 """
 
-import argparse
 import contextlib
 import json
 import sys
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LogitsProcessorList
@@ -128,9 +128,6 @@ class Theirs:
         torch.backends.cuda.enable_cudnn_sdp(False)  # as LLM does, or attention would be slow at every new length
         cfg = work.config()
         self.episodes = episodes = recorded(work, tokenizer, loading.end_tokens(base, tokenizer)[0])
-        rows = work.problems * work.group_size
-        if rows % work.micro_rows:
-            raise UserError(f"--micro-rows {work.micro_rows}: must divide the {rows} answers of a step")
         prompts = [[{"role": "user", "content": e.problem}] for e in episodes]
         self.token_budget = cfg.rollout_tokens
         self.folder = tempfile.TemporaryDirectory()  # nothing is saved, but the trainer makes one
@@ -140,7 +137,7 @@ class Theirs:
             args=GRPOConfig(
                 output_dir=self.folder.name,
                 per_device_train_batch_size=work.micro_rows,
-                gradient_accumulation_steps=rows // work.micro_rows,
+                gradient_accumulation_steps=work.rows // work.micro_rows,
                 num_generations=work.group_size,
                 max_completion_length=work.new_tokens,
                 temperature=cfg.temperature,
@@ -214,27 +211,21 @@ class Theirs:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    for field in fields(Work):
-        flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        parser.add_argument(flag, type=kind, default=field.default)  # type: ignore[arg-type]
-    parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
-    args = parser.parse_args()
-    work = Work(**{field.name: getattr(args, field.name) for field in fields(Work)})
+def main(work: Work, rounds: int = 5, output: Path = Path("runs/bench.json")) -> None:
     if GRPOConfig is None:
         sys.exit("error: TRL is not installed: pip install 'trl>=1.16'")
+    if work.rows % work.micro_rows:
+        sys.exit(f"error: --micro-rows {work.micro_rows}: must divide the {work.rows} answers of a step")
     try:
-        results = alternate({"ours": (Ours, work), "trl": (Theirs, work)}, args.rounds)
+        results = alternate({"ours": (Ours, work), "trl": (Theirs, work)}, rounds)
         found = figures(results)
     except UserError as error:
         sys.exit(f"error: {error}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"work": asdict(work), "figures": found, "rounds": results}, indent=1) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"work": asdict(work), "figures": found, "rounds": results}, indent=1) + "\n")
     print(f"\n{work}\n\n| figure | value |\n|---|---|")
-    print(*(f"| {name} | {value:,.4g} |" for name, value in found.items()), f"\nwritten to {args.output}", sep="\n")
+    print(*(f"| {name} | {value:,.4g} |" for name, value in found.items()), f"\nwritten to {output}", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))

@@ -22,7 +22,7 @@ import model
 import pop
 import rubric
 from config import Config, parse_args
-from data import HUB_CORPORA, Answer, Document, Episode, UserError
+from data import HUB_CORPORA, Document, Episode, UserError
 from engine import sources
 from engine.text import content_words
 
@@ -88,7 +88,6 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
     judged = [e for e in with_rubric if e.answers]
     grades = [[a.grade for a in e.answers if a.grade is not None] for e in judged]
     pairs = [abs(a - b) for each in grades for a, b in combinations(each, 2)]
-    digits = [abs(a - b) for e in judged for a, b in combinations([rounded(a, e) for a in e.answers if a.ratings], 2)]
     read = [a.ratings is not None for e in judged for a in [*e.answers, *e.controls]]
     spread = [statistics.pstdev(each) for each in grades if len(each) > 1]
     return {
@@ -104,15 +103,10 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
         "golds that are found in the document": share(sum(found), len(found)),
         "judge's replies that could be read": share(sum(read), len(read)),
         "pairs of answers with one grade": share(sum(gap < 1e-3 for gap in pairs), len(pairs)),
-        "the same, were ratings whole numbers": share(sum(gap < 1e-3 for gap in digits), len(digits)),
         "groups with spread": share(sum(s > pop.ZERO_SPREAD for s in spread), len(judged)),
         "spread within a group, mean": f"{statistics.fmean(spread):.3f}" if spread else "-",
         "reference above another document's": share(sum(above), len(above)),
     }
-
-
-def rounded(answer: Answer, episode: Episode) -> float:
-    return rubric.grade([round(rating) for rating in answer.ratings or []], episode.rubric)
 
 
 def share(part: int, whole: int) -> str:

@@ -45,6 +45,10 @@ class Work:
     criteria: int = 2
     micro_rows: int = 8  # rows of a micro-batch, at most
 
+    @property
+    def rows(self) -> int:
+        return self.problems * self.group_size
+
     def config(self) -> Config:
         chosen = dict(documents=self.problems, group_size=self.group_size, max_new_tokens=self.new_tokens)
         return Config(**{**PRESETS[self.preset], **chosen, "model": self.model, "oversample": 1.0})
