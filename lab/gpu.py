@@ -69,31 +69,25 @@ TINY = SimpleNamespace(
 
 
 class Part:
-    """What a part works with, and what it found out, which is written to `path` at every step."""
+    """What a part works with, and its figures, printed and written to `path` as soon as they are known."""
 
-    def __init__(self, name: str, rehearsal: bool, path: Path) -> None:
+    def __init__(self, rehearsal: bool, path: Path) -> None:
         self.path, self.sizes, self.start = path, TINY if rehearsal else FULL, time.monotonic()
         self.device, self.dtype = place()
-        self.found: dict[str, Any] = {"machine": machine() | {"rehearsal": rehearsal, "cap": CAP}}
-        self.found |= {"figures": {}, "goals": {}, "said": []}
-        self.write("; ".join([name, *(f"{what} {shown(value)}" for what, value in self.found["machine"].items())]))
-
-    def say(self, text: str) -> None:
-        self.found["said"].append(text)
-        self.write(text)
+        self.figures: dict[str, Any] = {}
+        self.goals: dict[str, str] = {}
+        self.note("machine", machine() | {"rehearsal": rehearsal, "cap": CAP})
 
     def note(self, name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
         """A figure with its goal, if it has one."""
-        self.found["figures"][name] = value
+        self.figures[name] = value
         goals = [f"{word} {bound:g}" for word, bound in (("at least", least), ("at most", most)) if bound is not None]
         if goals:
             missed = (least is not None and value < least) or (most is not None and value > most)
-            self.found["goals"][name] = f"{' and '.join(goals)}: {'missed' if missed else 'reached'}"
-        self.write(f"{name}: {shown(value)}  {self.found['goals'].get(name, '')}")
-
-    def write(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+            self.goals[name] = f"{' and '.join(goals)}: {'missed' if missed else 'reached'}"
+        shown = f"{value:,.4g}" if isinstance(value, float) else value
+        print(f"[{time.monotonic() - self.start:4.0f} s] {name}: {shown}  {self.goals.get(name, '')}", flush=True)
+        self.path.write_text(json.dumps({"figures": self.figures, "goals": self.goals}, indent=1) + "\n")
 
     @contextlib.contextmanager
     def alone(self, what: str) -> Iterator[None]:
@@ -103,7 +97,7 @@ class Part:
         except Exception as error:
             traceback.print_exc()
             reason = str(error).strip().partition("\n")[0]
-            self.say(f"{what} failed: {type(error).__name__}: {reason}"[:300])
+            self.note(f"{what} failed", f"{type(error).__name__}: {reason}"[:300])
         with contextlib.suppress(RuntimeError):  # a card in an unusable state has failed above
             gc.collect()
             torch.cuda.empty_cache()
@@ -321,7 +315,7 @@ def decoding(s: Part) -> None:
     for graph, dequantize in ((False, False), (False, True), (True, False), (True, True)):
         way = ("dequantized" if dequantize else "NF4") + " by graph" * graph
         if dequantize and 0 < total_gib() <= 30:
-            s.say(f"{way}: left out, as the card has no room for it")
+            s.note(way, "left out, as the card has no room for it")
             continue
         cap_memory(total_gib() if dequantize else CAP)
         llm.dequantize, llm.cuda_graph, llm._forwards = dequantize, graph, None
@@ -349,7 +343,7 @@ def build(name: str, work: steps.Work, shapes: Shapes) -> Any:
 def step(s: Part) -> None:
     """A whole step of ours beside one of TRL's GRPOTrainer: rollout of the same tokens, judge by logits, update."""
     if bench.GRPOConfig is None:
-        s.say("TRL is not installed, so ours alone: pip install 'trl>=1.16'")
+        s.note("TRL", "not installed, so ours alone: pip install 'trl>=1.16'")
     results: steps.Results = {}
     for name in ["ours"] if bench.GRPOConfig is None else ["ours", "trl"]:  # two models would not fit a small card
         results |= steps.alternate({name: (build, name, s.sizes.work, s.sizes.shapes)}, rounds=2)
@@ -379,10 +373,6 @@ def machine() -> dict[str, Any]:
     return facts | {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()} | result
 
 
-def shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
 def run_apart(part: str, args: argparse.Namespace, seconds: float) -> None:
     """One part in a process of its own, which is ended when its time is up; what it found so far is on disk."""
     Path(f"{args.output}-{part}.json").unlink(missing_ok=True)
@@ -409,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     if len(args.parts) == 1:
         (name,) = args.parts
-        part = Part(name, args.rehearse, Path(f"{args.output}-{name}.json"))
+        part = Part(args.rehearse, Path(f"{args.output}-{name}.json"))
         with part.alone(name):
             PARTS[name](part)
         return

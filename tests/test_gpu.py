@@ -12,7 +12,7 @@ from lab import gpu
 def test_a_rehearsal_finds_figures_and_writes_them_down(tmp_path, part):
     gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", part])
     found = json.loads((tmp_path / f"out-{part}.json").read_text())
-    assert found["figures"] and not found["said"], found
+    assert len(found["figures"]) > 1 and not [name for name in found["figures"] if "failed" in name], found
     if part == "same":
         assert not [goal for goal in found["goals"].values() if "missed" in goal]
     if part == "memory":
@@ -36,12 +36,11 @@ def test_a_part_that_fails_keeps_what_it_had_found(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(gpu.PARTS, "same", bad)
     gpu.main(["--rehearse", "--output", str(tmp_path / "out"), "--parts", "same"])
     found = json.loads((tmp_path / "out-same.json").read_text())
-    assert found["figures"] == {"a figure before": 1.5}
+    assert found["figures"].pop("machine")["card"] == "none"
+    assert found["figures"] == {"a figure before": 1.5, "same failed": "RuntimeError: no such kernel"}
     assert found["goals"] == {"a figure before": "at most 1: missed"}
-    assert found["said"] == ["same failed: RuntimeError: no such kernel"]
     printed = capsys.readouterr()
     assert "Traceback" in printed.err and "a figure before: 1.5  at most 1: missed\n" in printed.out
-    assert "] same; card none; torch " in printed.out
 
 
 SCRIPT = """
