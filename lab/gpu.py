@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 import pop
 from config import PRESETS, Config
+from data import brief
 from engine import fast, loading
 from engine.memory import rehearse, rehearse_rollout, rehearse_update, work_of
 from lab import bench, plan, steps
@@ -96,8 +97,7 @@ class Part:
             yield
         except Exception as error:
             traceback.print_exc()
-            reason = str(error).strip().partition("\n")[0]
-            self.note(f"{what} failed", f"{type(error).__name__}: {reason}"[:300])
+            self.note(f"{what} failed", brief(error)[:300])
         with contextlib.suppress(RuntimeError):  # a card in an unusable state has failed above
             gc.collect()
             torch.cuda.empty_cache()
