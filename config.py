@@ -333,7 +333,7 @@ def defaults_besides(cfg: Config) -> dict[str, Any]:
     if cfg.replay == "answers":
         groups = 0
         with contextlib.suppress(OSError, KeyError, TypeError):  # told later; and in a sweep it is yet to be written
-            groups = len(with_groups(read_episodes(Path(cfg.episodes), answers=True)))
+            groups = len(with_groups(read_episodes(Path(cfg.episodes).expanduser(), answers=True)))
         return {"audit": 0, "eval_every": 0, "steps": max(1, groups // cfg.documents)} if groups else {}
     return {}
 

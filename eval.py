@@ -30,7 +30,7 @@ import rubric
 from benchmarks import results
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdict
 from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
-from config import PRESETS, Config, pick_preset, stored_config
+from config import PRESETS, TASKS, Config, pick_preset, stored_config
 from data import HUB_CORPORA, UserError, read_episodes, read_lines
 from engine import audit, checkpoint, heldout, loading, runlog, sources
 from model import LLM, Completion
@@ -38,8 +38,6 @@ from model import LLM, Completion
 AGAIN = "the same command"  # goes on where an evaluation ended
 TOKEN_BUDGET = 98_304  # rows x longest row of a batch, at first: generate halves it where memory runs out
 CHUNK = 64  # prompts that are answered before their answers are written down
-
-Answers = dict[str, dict[str, Any]]  # item id -> text, tokens, words, finished
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,15 @@ def slug(name: str) -> str:
 
 
 def configure(args: argparse.Namespace, names: Sequence[str], run: Path | None = None) -> Config:
-    """The preset's settings, over them those of a run, over them the flags of these names."""
-    preset = args.preset or pick_preset()[0]
+    """What the run was made with or, without one, what suits this machine and the task; --preset and the flags of these
+    names win over both."""
     stored = stored_config(run) if run else {}
-    known = {field.name for field in fields(Config)} - {"resume", "output", "dry_run"}
+    preset = args.preset or stored.get("preset") or pick_preset()[0]
+    known = {field.name for field in fields(Config)} - {"resume", "output", "dry_run", "tracker"}
+    settings = TASKS.get(args.task, {}) | PRESETS.get(preset, {})
+    settings |= {name: value for name, value in stored.items() if name in known} | PRESETS.get(args.preset, {})
     flags = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return Config(**PRESETS[preset] | {n: v for n, v in stored.items() if n in known} | flags | {"preset": preset})
+    return Config(**settings | flags | {"preset": preset})
 
 
 def settle(args: argparse.Namespace) -> list[Adapter]:
@@ -107,8 +108,9 @@ def replies(llm: LLM, conversations: Sequence[Messages], args: argparse.Namespac
     return [completion for (completion,) in outputs]
 
 
-def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> Answers:
-    """Those on disk are read, the others generated and appended. Thoughts stay there: nobody judges or counts them."""
+def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """item id -> text, tokens, words, finished; those on disk are read, the others generated and appended. Thoughts
+    stay there: nobody judges or counts them."""
     path = args.folder / f"answers-{label}.jsonl"
     asked = {item.id: digest(item.messages) for item in items}
     had = {r["id"]: r for r in written(path) if asked.get(r["id"]) == r["asked"]}
@@ -116,19 +118,10 @@ def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Names
     for start in tqdm(range(0, len(todo), CHUNK), desc=f"answers of {label}", unit="prompt", unit_scale=CHUNK):
         chunk = todo[start : start + CHUNK]
         torch.manual_seed(int(digest(args.seed, *(item.id for item in chunk)), 16) % 2**63)
-        new = [
-            {
-                "id": item.id,
-                "asked": asked[item.id],
-                "text": completion.text,
-                "tokens": len(completion.ids),
-                "words": len(rubric.final_answer(completion.text).split()),
-                "finished": completion.finished,
-            }
-            for item, completion in zip(chunk, replies(llm, [i.messages for i in chunk], args, "answer"), strict=True)
-        ]
-        runlog.append(path, *new, again=AGAIN)
-        had |= {record["id"]: record for record in new}
+        for item, c in zip(chunk, replies(llm, [i.messages for i in chunk], args, "answer"), strict=True):
+            counts = {"tokens": len(c.ids), "words": len(rubric.final_answer(c.text).split()), "finished": c.finished}
+            had[item.id] = {"id": item.id, "asked": asked[item.id], "text": c.text, **counts}
+        runlog.append(path, *(had[item.id] for item in chunk), again=AGAIN)
     return {item.id: {**had[item.id], "text": rubric.final_answer(had[item.id]["text"])} for item in items}
 
 
@@ -176,11 +169,8 @@ def verdicts_of(
     """question id -> verdict, None if unjudged; those on disk are read, the others written down as they come."""
     path = args.folder / f"verdicts-{slug(judge.label)}-{label}.jsonl"
     asked = {q.id: digest(q.messages) for q in questions}
-    values = {
-        record["question"]: record["value"]
-        for record in written(path)
-        if record["value"] is not None and asked.get(record["question"]) == record["asked"]
-    }
+    valid = (r for r in written(path) if r["value"] is not None and asked.get(r["question"]) == r["asked"])
+    values = {r["question"]: r["value"] for r in valid}
     if todo := [q for q in questions if q.id not in values]:
         print(f"{label}: {len(values)} of {len(questions)} verdicts are there, {len(todo)} to ask for")
         missing: Counter[str] = Counter()
@@ -213,9 +203,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
     args.max_new_tokens = args.max_new_tokens or bench.max_new_tokens or args.config.max_new_tokens
     args.folder = make_folder(args)
     with checkpoint.locked(args.folder):
-        for name in ("answers-*.jsonl", "verdicts-*.jsonl", "heldout.jsonl"):
-            for file in args.folder.glob(name):
-                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a last line, which a killed process left
+        for file in args.folder.glob("*.jsonl"):
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a last line, which a killed process left
         print(f"{args.bench}: {bench.about}\n{args.model} in {args.load_in}, {sampling(args)}; all in {args.folder}/")
         llm = load_model(args.model, args.config)
         items = unseen_problems(llm, adapters, args) if args.bench == "heldout" else items
@@ -283,11 +272,6 @@ def sampling(args: argparse.Namespace) -> str:
     return f"{how}, up to {args.max_new_tokens} tokens, seed {args.config.seed}"
 
 
-def run_compare(args: argparse.Namespace) -> None:
-    """Finished evaluations side by side."""
-    print(results.side_by_side(list(map(Path, args.folders))))
-
-
 def run_chat(args: argparse.Namespace) -> None:
     """Talk to the base model and to an adapter side by side."""
     (adapter,) = settle(args)
@@ -342,7 +326,9 @@ def run_audit(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     models = argparse.ArgumentParser(add_help=False)
-    models.add_argument("--preset", choices=list(PRESETS), help="settings to start from; default: by hardware")
+    models.add_argument(
+        "--preset", choices=list(PRESETS), help="whose settings to take; default: the adapter's, or by hardware"
+    )
     models.add_argument("--model", help="as for pop.py; default: the adapter's, or the preset's")
     models.add_argument("--seed", type=int, default=0)
     answering = argparse.ArgumentParser(add_help=False, parents=[models])
@@ -373,8 +359,9 @@ def parser() -> argparse.ArgumentParser:
             flag("--data", metavar="FILE", help="a file of your own, or hub; default: the packaged set")
         if name == "writing":
             flag("--lang", choices=["en", "zh"], help="only prompts in this language")
-    flag = add("compare", run_compare, run_compare.__doc__)
-    flag("folders", nargs="+", metavar="FOLDER", help="of an evaluation")
+    together = "Finished evaluations side by side."
+    flag = add("compare", lambda args: print(results.side_by_side(args.folders)), together)
+    flag("folders", nargs="+", type=Path, metavar="FOLDER", help="of an evaluation")
     flag = add("chat", run_chat, run_chat.__doc__, answering)
     flag("--adapter", nargs=1, required=True, metavar="RUN", help="a run, or a folder such as RUN/best")
     flag = add("audit", run_audit, run_audit.__doc__, models)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.judges import Question
-from benchmarks.sets import REASON_TOKENS, Item, by_user, last, official, packaged
+from benchmarks.sets import REASON_TOKENS, Item, by_user, find_data, last, official
 from data import read_lines
 from engine.constrained import Field
 
@@ -19,7 +19,7 @@ LABELS = tuple(f"{label}]]" for label in ("A>>B", "A>B", "A=B", "B>A", "B>>A"))
 
 def arena_hard() -> list[Item]:
     """750 prompts; the baseline is o3-mini's answer and, in creative writing, Gemini 2.0 Flash's."""
-    folder, judged = packaged("arena_hard", "data", "arena-hard-v2.0"), official("arena_hard_task", "JUDGE_SETTINGS")
+    folder, judged = find_data(None, "arena_hard/data/arena-hard-v2.0"), official("arena_hard_task", "JUDGE_SETTINGS")
     published: dict[str, dict[str, str]] = {}
     items = []
     for row in read_lines(folder / "question.jsonl"):
@@ -60,7 +60,7 @@ def read_label(reply: str, own: str) -> list[float] | None:
 
 def alpaca_eval() -> list[Item]:
     """805 instructions; the baseline is GPT-4 Turbo's answer."""
-    path = packaged("alpaca_eval", "data", "alpaca_eval_gpt4_baseline.json")
+    path = find_data(None, "alpaca_eval/data/alpaca_eval_gpt4_baseline.json")
     rows = json.loads(path.read_text(encoding="utf-8"))
     return [
         Item(f"alpaca-{k}", by_user(row["instruction"]), {"against": row["output"], "ask": ask_alpaca})

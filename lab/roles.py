@@ -22,7 +22,7 @@ import model
 import pop
 import rubric
 from config import Config, parse_args
-from data import HUB_CORPORA, Answer, Document, Episode, UserError
+from data import HUB_CORPORA, Document, Episode, UserError
 from engine import sources
 from engine.text import content_words
 
@@ -76,7 +76,11 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
     reached = gated + len(proposed) + sum(n for why, n in reasons["proposer"].items() if why.startswith("reference"))
     criteria = [(e, c) for e in with_rubric for c in e.rubric]
     golds = [(e, c) for e, c in criteria if c.gold != rubric.NO_GOLD]
-    found = [known(content_words(c.gold), content_words(e.document.text)) for e, c in golds]
+    found = [  # most of the gold's words
+        len(words & content_words(e.document.text)) >= 0.6 * len(words)
+        for e, c in golds
+        for words in [content_words(c.gold)]
+    ]
     named = [
         len(content_words(f"{c.name} {c.description} {c.gold}") & content_words(f"{e.problem} {e.document.text}")) > 1
         for e, c in criteria
@@ -84,7 +88,6 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
     judged = [e for e in with_rubric if e.answers]
     grades = [[a.grade for a in e.answers if a.grade is not None] for e in judged]
     pairs = [abs(a - b) for each in grades for a, b in combinations(each, 2)]
-    digits = [abs(a - b) for e in judged for a, b in combinations([rounded(a, e) for a in e.answers if a.ratings], 2)]
     read = [a.ratings is not None for e in judged for a in [*e.answers, *e.controls]]
     spread = [statistics.pstdev(each) for each in grades if len(each) > 1]
     return {
@@ -100,20 +103,10 @@ def numbers(episodes: Sequence[Episode], above: Sequence[bool]) -> dict[str, str
         "golds that are found in the document": share(sum(found), len(found)),
         "judge's replies that could be read": share(sum(read), len(read)),
         "pairs of answers with one grade": share(sum(gap < 1e-3 for gap in pairs), len(pairs)),
-        "the same, were ratings whole numbers": share(sum(gap < 1e-3 for gap in digits), len(digits)),
         "groups with spread": share(sum(s > pop.ZERO_SPREAD for s in spread), len(judged)),
         "spread within a group, mean": f"{statistics.fmean(spread):.3f}" if spread else "-",
         "reference above another document's": share(sum(above), len(above)),
     }
-
-
-def known(gold: set[str], document: set[str]) -> bool:
-    """Whether most of a gold answer's words stand in the document."""
-    return len(gold & document) >= 0.6 * len(gold)
-
-
-def rounded(answer: Answer, episode: Episode) -> float:
-    return rubric.grade([round(rating) for rating in answer.ratings or []], episode.rubric)
 
 
 def share(part: int, whole: int) -> str:

@@ -1,7 +1,6 @@
 """A training step on recorded answers, measured: seconds and memory of its phases, in alternation with another's.
 
-Answers are replayed: generation does all its work, sampling included, but the tokens are given, so that all sides judge
-and train on the same ones.
+Generation does all its work, sampling included, but the tokens are given, so that all sides train on the same ones.
 """
 
 import contextlib
@@ -33,8 +32,6 @@ from lab.plan import GIB
 PHASES = ("rollout", "judge", "update")
 Results = dict[str, list[dict[str, Any]]]  # of each side, what each of its steps returned
 
-# ------------------------------------------------------------------------------------------------------- work
-
 
 @dataclass(frozen=True)
 class Work:
@@ -47,6 +44,10 @@ class Work:
     new_tokens: int = 64
     criteria: int = 2
     micro_rows: int = 8  # rows of a micro-batch, at most
+
+    @property
+    def rows(self) -> int:
+        return self.problems * self.group_size
 
     def config(self) -> Config:
         chosen = dict(documents=self.problems, group_size=self.group_size, max_new_tokens=self.new_tokens)
@@ -148,17 +149,13 @@ def memory_in_use() -> int:
     return info.rss - getattr(info, "shared", 0)
 
 
-# ------------------------------------------------------------------------------------------------------- ours
-
-
 class Ours:
     """One step of pop.py at a time, on recorded answers. llm: in place of the model that `work` names."""
 
     def __init__(self, work: Work, llm: model.LLM | None = None) -> None:
         cfg = work.config()
-        self.llm = llm or model.load(
-            work.model, **cfg.loading, token_budget=cfg.rollout_tokens, recompute=cfg.recompute
-        )
+        options: dict[str, Any] = dict(token_budget=cfg.rollout_tokens, recompute=cfg.recompute)
+        self.llm = llm or model.load(work.model, **cfg.loading, **options)
         self.recorded = recorded(work, self.llm.tokenizer, self.llm.eos_ids[0])
         # A micro-batch of no more tokens than TRL's.
         longest = max(len(self.llm.encode("", e.problem)) for e in self.recorded) + work.new_tokens
@@ -206,8 +203,6 @@ class Ours:
         tokens = {"rollout": written, "update": metrics["trained_tokens"]}
         return {**self.meter.result(), "tokens": tokens, "reward": statistics.fmean(rewards), "loss": metrics["loss"]}
 
-
-# ------------------------------------------------------------------------------------------------- alternation
 
 side: Any = None  # in a process that `alternate` began: what makes the steps of one side
 
@@ -267,6 +262,6 @@ def figures(results: Results) -> dict[str, float]:
         if len(results) == 2:
             pairs = zip(timed["ours"], timed["trl"], strict=True)
             ratios = [theirs["seconds"][phase] / ours["seconds"][phase] for ours, theirs in pairs]
-            for word, value in (("", statistics.median(ratios)), (", lowest", min(ratios)), (", highest", max(ratios))):
-                found[f"{phase}: times as fast as TRL{word}"] = value
+            for word, of in (("", statistics.median), (", lowest", min), (", highest", max)):
+                found[f"{phase}: times as fast as TRL{word}"] = of(ratios)
     return found

@@ -419,6 +419,52 @@ def test_held_out_problems_are_never_of_documents_that_an_adapter_was_trained_on
     assert len(made) == len(set(made))  # what was there is not made again
 
 
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def settings_of(tmp_path, monkeypatch, *flags, **trained):
+    """What `eval.py heldout` is set to for a run of these settings, on a machine of which a large card is made much."""
+    monkeypatch.setattr(evaluation, "pick_preset", lambda: ("48gb", "as if"))
+    folder = adapter(tmp_path / "run", **trained)
+    args = evaluation.parser().parse_args(["heldout", "--adapter", str(folder), *flags])
+    return evaluation.configure(args, ("model", "load_in", "task", "corpus", "seed"), folder)
+
+
+def test_what_a_run_was_made_with_counts_and_not_this_machine(tmp_path, monkeypatch):
+    cfg = settings_of(tmp_path, monkeypatch, judge="generate", max_new_tokens=48, problem_tokens=30)
+    assert (cfg.preset, cfg.model, cfg.load_in, cfg.judge) == ("demo", "tiny", "fp32", "generate")
+    assert (cfg.max_new_tokens, cfg.problem_tokens, cfg.group_size, cfg.corpus) == (48, 30, 4, "samples")
+    assert not heldout.yardstick(cfg).gate and not heldout.yardstick(cfg).check_rubric  # as the demo's
+
+
+def test_a_run_of_no_preset_that_is_known_has_its_own_settings_and_the_defaults(tmp_path, monkeypatch):
+    assert settings_of(tmp_path, monkeypatch, preset="auto", rollout_tokens=99).rollout_tokens == 99
+
+
+def test_no_card_too_small_for_the_defaults_stops_the_evaluation_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("config.torch.cuda.is_available", lambda: pytest.fail("asked for the card"))
+    folder = adapter(tmp_path / "run")
+    args = evaluation.parser().parse_args(["heldout"])
+    assert evaluation.configure(args, (), folder).preset == "demo"
+
+
+def test_flags_win_over_what_a_run_was_made_with(tmp_path, monkeypatch):
+    flags = ["--preset", "16gb", "--load-in", "bf16", "--task", "health"]
+    cfg = settings_of(tmp_path, monkeypatch, *flags, rollout_tokens=99, max_new_tokens=48, task="writing")
+    assert (cfg.preset, cfg.load_in, cfg.task) == ("16gb", "bf16", "health")
+    assert (cfg.rollout_tokens, cfg.max_new_tokens) == (8_192, 48)
+
+
+def test_without_a_run_the_lengths_are_those_of_training_on_the_task():
+    args = evaluation.parser().parse_args(["audit", "--preset", "24gb", "--task", "writing"])
+    cfg = evaluation.configure(args, ("model", "judge", "task", "corpus", "seed"))
+    assert (cfg.max_new_tokens, cfg.reference_tokens, cfg.rollout_tokens) == (2_048, 1_536, 49_152)
+
+
+def test_a_tracker_that_a_run_had_elsewhere_is_not_needed(tmp_path, monkeypatch):
+    assert settings_of(tmp_path, monkeypatch, tracker="wandb").tracker == "none"
+
+
 # ------------------------------------------------------------------------------------------------- mistakes
 
 

@@ -364,7 +364,7 @@ def test_guards_judge_the_final_answer_alone():
 
 def packaged(*parts):
     pytest.importorskip("eval_framework")
-    lines = sets.packaged(*parts).read_text(encoding="utf-8").split("\n")
+    lines = sets.find_data(None, "/".join(parts)).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line.strip()]
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import ifeval
-from benchmarks.sets import BENCHMARKS, packaged
+from benchmarks.sets import BENCHMARKS, find_data
 from data import UserError
 
 ENGLISH = "The river rises in the hills and flows slowly to the sea, past three old towns."
@@ -183,7 +183,7 @@ def strict(instruction, kwargs, answer):
 
 @pytest.fixture(scope="module")
 def prompts():
-    lines = packaged("ifeval", "data", "input_data.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = find_data(None, "ifeval/data/input_data.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
 
 

@@ -393,10 +393,8 @@ def test_a_refused_question_is_unjudged_and_the_others_are_judged(endpoint, stat
     assert len(server.requests) == 4 and all("max_tokens" in r for r in server.requests)
 
 
-@pytest.mark.parametrize(
-    ("status", "remedy"), [(401, "JUDGE_API_KEY"), (402, "paid"), (403, "no right"), (404, "http://host:8000/v1")]
-)
-def test_an_answer_that_all_would_get_stops_at_once(endpoint, status, remedy):
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405])
+def test_an_answer_that_all_would_get_stops_at_once(endpoint, status):
     server = endpoint(lambda text, n, request: (status, "sorry") if text == "q2" else "Rating: 7")
     kept = []
 
@@ -404,7 +402,8 @@ def test_an_answer_that_all_would_get_stops_at_once(endpoint, status, remedy):
         time.sleep(0.05)  # time for a worker that went on
         kept.extend(verdicts)
 
-    with pytest.raises(UserError, match=re.escape(f"at {server.url} says HTTP {status}: sorry; ") + f".*{remedy}"):
+    said = re.escape(f"at {server.url} says HTTP {status}: sorry; ") + ".*http://host:8000/v1, .*JUDGE_API_KEY"
+    with pytest.raises(UserError, match=said):
         server.judge(workers=1).ask(questions(9), keep)
     assert [v.question for v in kept] == ["q0", "q1"] and len(server.requests) == 3
 

@@ -74,7 +74,6 @@ FIGURES = {
     "golds that are found in the document": "3 of 5",  # not twelve
     "judge's replies that could be read": "11 of 14",
     "pairs of answers with one grade": "1 of 4",
-    "the same, were ratings whole numbers": "2 of 4",  # 1.6 is 2
     "groups with spread": "1 of 3",
     "spread within a group, mean": "0.197",  # of 1, 0.85, 0.1, which is 0.3937, and of equals
     "reference above another document's": "1 of 2",

@@ -9,7 +9,7 @@ from conftest import byte_tokenizer
 
 from data import Answer, Criterion, Document, Episode, UserError
 from engine import fast
-from lab import steps
+from lab import bench, steps
 from lab.plan import GIB
 from lab.steps import Meter, Replay, Work, recorded
 
@@ -132,6 +132,18 @@ def test_sides_take_turns_in_processes_of_their_own(capsys):
     }
     lines = [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()]
     assert [name.strip() for _, name in lines] == ["b", "a", "a", "b", "b", "a"]
+
+
+def test_without_trl_the_comparison_ends_with_one_line(monkeypatch):
+    monkeypatch.setattr(bench, "GRPOConfig", None)
+    with pytest.raises(SystemExit, match=r"^error: TRL is not installed: pip install 'trl>=1.16'$"):
+        bench.main(Work())
+
+
+def test_micro_batches_that_do_not_divide_the_answers_are_an_error_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(bench, "GRPOConfig", dict)
+    with pytest.raises(SystemExit, match=r"^error: --micro-rows 4: must divide the 6 answers of a step$"):
+        bench.main(Work(problems=2, group_size=3, micro_rows=4))
 
 
 def test_a_side_that_ends_is_a_user_error():

@@ -243,6 +243,14 @@ def test_flags_go_before_the_defaults_of_a_replay_of_answers(tmp_path):
     assert (cfg.steps, cfg.audit, cfg.eval_every) == (9, 2, 4)
 
 
+def test_a_file_in_the_home_folder_is_counted_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "e.jsonl", *[episode(prompt=str(i)) for i in range(7)])
+    flags = ["--preset", "24gb", "--replay", "answers", "--documents", "2", "--episodes", "~/e.jsonl"]
+    cfg = pop.parse_args(flags)
+    assert (cfg.steps, cfg.audit, cfg.eval_every, cfg.episodes) == (3, 0, 0, str(tmp_path / "e.jsonl"))
+
+
 def test_a_file_without_a_group_to_train_on_is_an_error_that_names_it(tmp_path):
     cfg = written(tmp_path / "mine.jsonl", episode(answers=1))
     with pytest.raises(UserError, match=r"--episodes .*mine.jsonl: no episode there has two rated answers"):
