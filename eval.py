@@ -28,6 +28,7 @@ import data
 import model
 import rubric
 from benchmarks import results
+from benchmarks.baselines import PUBLISHED
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdict
 from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
 from config import PRESETS, TASKS, Config, pick_preset, stored_config
@@ -118,9 +119,11 @@ def answers_of(llm: LLM, items: Sequence[Item], label: str, args: argparse.Names
     for start in tqdm(range(0, len(todo), CHUNK), desc=f"answers of {label}", unit="prompt", unit_scale=CHUNK):
         chunk = todo[start : start + CHUNK]
         torch.manual_seed(int(digest(args.seed, *(item.id for item in chunk)), 16) % 2**63)
-        for item, c in zip(chunk, replies(llm, [i.messages for i in chunk], args, "answer"), strict=True):
+        outputs = replies(llm, [i.messages for i in chunk], args, "answer")
+        measured = BENCHMARKS[args.bench].measured(llm, chunk)
+        for item, c, more in zip(chunk, outputs, measured, strict=True):
             counts = {"tokens": len(c.ids), "words": len(rubric.final_answer(c.text).split()), "finished": c.finished}
-            had[item.id] = {"id": item.id, "asked": asked[item.id], "text": c.text, **counts}
+            had[item.id] = {"id": item.id, "asked": asked[item.id], "text": c.text, **counts, **more}
         runlog.append(path, *(had[item.id] for item in chunk), again=AGAIN)
     return {item.id: {**had[item.id], "text": rubric.final_answer(had[item.id]["text"])} for item in items}
 
@@ -160,7 +163,7 @@ def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namesp
         had += new
     kept = [e for e in data.alive(had) if e.document in documents]
     print(f"{len(kept)} problems with rubrics from {len(documents)} documents, none of them trained on")
-    return heldout_items(kept, heldout.yardstick(cfg))
+    return heldout_items(kept, heldout.yardstick(cfg), compared=args.judge not in (None, args.model))
 
 
 def verdicts_of(
@@ -194,7 +197,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
     bench, adapters = BENCHMARKS[args.bench], settle(args)
     check(args, adapters)
     judge: LocalJudge | EndpointJudge | None = EndpointJudge(args.judge_url, args.judge) if args.judge_url else None
-    items = bench.items(args)
+    items = PUBLISHED[args.against]() if args.against else bench.items(args)
+    args.data = args.against or args.data
     if args.limit and args.limit < len(items):
         random.Random(args.config.seed).shuffle(items)  # a higher limit adds to a lower one's
         items = items[: args.limit]
@@ -227,7 +231,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             asked = {i.id: bench.questions(i, own[i.id]["text"], answers["base"][i.id]["text"]) for i in items}
             values = verdicts_of(judge, [q for each in asked.values() for q in each], label, args) if judge else {}
             scores[label] = {i.id: bench.score(i, own[i.id], [values[q.id] for q in asked[i.id]]) for i in items}
-        result = results.summary(bench, answers, scores)
+        result = results.summary(bench, answers, scores, against_base=not args.against)
         result |= {"benchmark": args.bench, "model": args.model, "load_in": args.load_in, "sampling": sampling(args)}
         result |= {"data": args.data or "packaged", "judge": judge.label if judge else None}
         path = args.folder / (f"results-{slug(judge.label)}.json" if judge else "results.json")
@@ -237,8 +241,10 @@ def run_benchmark(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
     """What can be known to fail before anything is loaded. Raises UserError."""
-    if args.bench == "winrate" and not adapters:
-        raise UserError("winrate compares an adapter with the base model: give --adapter RUN")
+    if args.bench == "winrate" and not adapters and not args.against:
+        raise UserError("winrate compares an adapter with the base model: give --adapter RUN, or --against")
+    if args.against and args.data:
+        raise UserError(f"--data {args.data}: --against {args.against} has prompts of its own")
     if args.judge_url and not args.judge:
         raise UserError("--judge-url needs --judge NAME, the model that the endpoint is to use")
     for flag, value in (("limit", args.limit), ("max-new-tokens", args.max_new_tokens)):
@@ -250,9 +256,13 @@ def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
 
 def make_folder(args: argparse.Namespace) -> Path:
     """The evaluation's folder. Raises UserError if it holds answers that were made in another way."""
-    path = Path(args.output or f"runs/eval-{args.bench}-{slug(Path(args.model).name)}-{args.load_in}")
+    bench = "-".join(filter(None, (args.bench, args.against)))
+    path = Path(args.output or f"runs/eval-{bench}-{slug(Path(args.model).name)}-{args.load_in}")
     names = ["bench", "model", "load_in", "max_new_tokens", "temperature"]
-    settings = {name: getattr(args, name) for name in names} | {"seed": args.config.seed, "data": args.data}
+    settings = {name: getattr(args, name) for name in names} | {
+        "seed": args.config.seed,
+        "data": args.against or args.data,
+    }
     if args.bench == "heldout":
         settings |= {name: getattr(args.config, name) for name in ("task", "corpus", "min_words", "max_words")}
     try:
@@ -347,7 +357,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Callable[[argparse.Namespace], None], about: str | None, *parents: Any) -> Any:
         command = commands.add_parser(name, help=about, description=about, parents=parents)
-        command.set_defaults(run=run, bench=name, data=None, task=None, corpus=None)
+        command.set_defaults(run=run, bench=name, data=None, task=None, corpus=None, against=None)
         return command.add_argument
 
     for name, bench in BENCHMARKS.items():
@@ -357,6 +367,8 @@ def parser() -> argparse.ArgumentParser:
             flag("--corpus", help="as for pop.py; default: the adapter's")
         else:
             flag("--data", metavar="FILE", help="a file of your own, or hub; default: the packaged set")
+        if name == "winrate":
+            flag("--against", choices=list(PUBLISHED), help="published answers instead of the base model's")
         if name == "writing":
             flag("--lang", choices=["en", "zh"], help="only prompts in this language")
     together = "Finished evaluations side by side."

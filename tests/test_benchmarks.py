@@ -204,13 +204,13 @@ def test_a_preference_that_cannot_be_read_is_none(reply):
     ("verdicts", "rate"), [([1.0, 1.0], 1.0), ([1.0, 0.0], 0.5), ([0.5, 1.0], 0.75), ([0.5, 0.5], 0.5)]
 )
 def test_ties_count_a_half_and_a_judge_that_prefers_a_place_gives_a_half(verdicts, rate):
-    assert BENCHMARKS["winrate"].score(Item("w", [], {}), said("x"), verdicts) == {"win_rate": [(rate, 1.0)]}
+    assert BENCHMARKS["winrate"].score(Item("w", [], {}), said("x"), verdicts) == {"win_rate": [(2 * rate, 2.0)]}
 
 
 def test_the_same_text_twice_is_a_tie_without_a_question():
     item = Item("w", [{"role": "user", "content": "Name a river."}], {})
     assert BENCHMARKS["winrate"].questions(item, "The Nile.", "The Nile.") == []
-    assert BENCHMARKS["winrate"].score(item, said("The Nile."), []) == {"win_rate": [(0.5, 1.0)]}
+    assert BENCHMARKS["winrate"].score(item, said("The Nile."), []) == {"win_rate": [(1.0, 2.0)]}
 
 
 def test_arena_hard_s_prompts_are_there_and_a_text_file_has_one_in_each_line(tmp_path):
@@ -277,6 +277,35 @@ def test_the_likeness_to_the_reference_needs_no_verdict(judge):
     (item,) = heldout_items([e], replace(CFG, judge=judge))
     score = BENCHMARKS["heldout"].score(item, said("Bread rises by yeast."), [None])
     assert math.isnan(score["grade"][0][0]) and score["similarity"] == [(pytest.approx(1.0, abs=1e-5), 1.0)]
+
+
+@pytest.mark.parametrize("judge", ["generate", "logits"])
+def test_a_judge_that_is_not_the_base_model_also_compares_the_answer_with_the_base_s_in_both_orders(judge):
+    criteria = [Criterion("n", "g", "d", 1.0), Criterion("m", "g", "e", 1.0)]
+    e = Episode(Document("d", "text"), "Why does it rise?", "r", rubric=criteria)
+    (item,) = heldout_items([e], replace(CFG, judge=judge), compared=True)
+    *rated, first, second = BENCHMARKS["heldout"].questions(item, "By yeast.", "By magic.")
+    assert len(rated) == (2 if judge == "logits" else 1)
+    texts = [q.messages[0]["content"] for q in (first, second)]
+    assert texts[0].index("By yeast.") < texts[0].index("By magic.")
+    assert texts[1].index("By magic.") < texts[1].index("By yeast.")
+    ratings = [2.0, 1.0] if judge == "logits" else [[2.0, 1.0]]
+    won = [first.read("Better: A"), second.read("Better: tie")]
+    score = BENCHMARKS["heldout"].score(item, said("By yeast."), ratings + won)
+    assert score["win_rate"] == [(1.5, 2.0)] and score["grade"] == [(0.75, 1.0)]
+    unread = BENCHMARKS["heldout"].score(item, said("By yeast."), [*ratings, 1.0, None])
+    assert math.isnan(unread["win_rate"][0][0]) and unread["grade"] == [(0.75, 1.0)]
+    same = BENCHMARKS["heldout"].questions(item, "By magic.", "By magic.")
+    assert len(same) == len(rated)  # the base's own answer: nothing to ask, half a win
+    assert BENCHMARKS["heldout"].score(item, said("By magic."), ratings)["win_rate"] == [(1.0, 2.0)]
+
+
+def test_the_log_probability_of_the_reference_is_what_was_measured_with_the_answer():
+    e = Episode(Document("d", "text"), "p", "r", rubric=[Criterion("n", "g", "d", 1.0)])
+    (item,) = heldout_items([e], CFG)
+    score = BENCHMARKS["heldout"].score(item, {**said("x"), "reference_logp": -1.5}, [[1.0]])
+    assert score["reference_logp"] == [(-1.5, 1.0)]
+    assert math.isnan(BENCHMARKS["heldout"].score(item, said("x"), [[1.0]])["reference_logp"][0][0])
 
 
 @pytest.mark.parametrize("name", ["healthbench", "writing", "winrate"])

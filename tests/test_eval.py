@@ -168,7 +168,8 @@ def test_results_have_intervals_paired_differences_lengths_and_the_sampling(tiny
     result = json.loads((tmp_path / "out" / "results-base.json").read_text())
     label = next(name for name in result["models"] if name != "base")
     trained = result["models"][label]
-    wins = np.array([score["win_rate"] for score in result["scores"][label].values()])
+    games = np.array([score["win_rate"] for score in result["scores"][label].values()])
+    wins = games[..., :1] / games[..., 1:]
     assert trained["metrics"]["win_rate"]["value"] == pytest.approx(wins[:, 0, 0].mean())
     assert trained["metrics"]["win_rate"]["low"] <= wins[:, 0, 0].mean() <= trained["metrics"]["win_rate"]["high"]
     assert result["models"]["base"]["metrics"]["win_rate"]["value"] == 0.5
@@ -414,7 +415,11 @@ def test_held_out_problems_are_never_of_documents_that_an_adapter_was_trained_on
     result = json.loads((tmp_path / "out" / "results-base.json").read_text())
     used = {name.split("/")[-1][0] for name in result["scores"]["base"]}
     assert used and used.isdisjoint("0123")
-    assert set(result["models"]["base"]["metrics"]) == {"grade", "reward", "similarity"}
+    names = {"grade", "reward", "similarity", "reference_logp", "win_rate"}
+    assert set(result["models"]["base"]["metrics"]) == names
+    logps = [m["metrics"]["reference_logp"]["value"] for m in result["models"].values()]
+    assert len(set(logps)) == 3 and max(logps) < 0  # a pass of each model of its own
+    assert {m["metrics"]["win_rate"]["value"] for m in result["models"].values()} == {None}  # the judge is the base
     made = [e["document"]["id"] for e in lines(tmp_path / "out" / "heldout.jsonl")]
     assert len(made) == len(set(made))  # what was there is not made again
 
