@@ -1,6 +1,7 @@
 """What data.py promises about documents. No network: a function stands in for the hub."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -104,22 +106,100 @@ def test_a_folder_is_read_recursively_and_ids_tell_where(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.csv.gz", "t.TSV.gz", "t.tsv", "t.json"])
-def test_packed_tables_and_their_sister_formats_are_read(tmp_path, name):
-    lines = {
+def parquet(**columns: pa.Array | list) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+PACK = {".gz": gzip.compress, ".zst": zstandard.compress, "": bytes}
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv", "t.TSV", "t.parquet"])
+def test_a_table_of_any_kind_is_read_packed_or_not(tmp_path, name, packed):
+    contents = {
         ".jsonl": '{"n": 1, "text": "one"}\n{"n": 2, "text": "two"}\n',
         ".json": '[{"n": 1, "text": "one"}, {"n": 2, "text": "two"}]',
         ".csv": "n,text\n1,one\n2,two\n",
         ".tsv": "n\ttext\n1\tone\n2\ttwo\n",
+        ".parquet": parquet(n=[1, 2], text=["one", "two"]),
     }
-    content = lines[Path(name.lower().removesuffix(".gz")).suffix].encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert sorted(texts(corpus_of(tmp_path / name))) == ["one", "two"]
+    content = contents[Path(name.lower()).suffix]
+    path = tmp_path / f"{name}{packed}"
+    path.write_bytes(PACK[packed](content if isinstance(content, bytes) else content.encode()))
+    assert {(d.id, d.text) for d in corpus_of(path).epoch(0)} == {(f"{path.name}:1", "one"), (f"{path.name}:2", "two")}
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_packed_file_is_read_to_its_end_and_refused_if_that_is_missing(tmp_path, packed):
+    """Parts that were packed one by one and put together, as `cat` does, are one file."""
+    path, pack = tmp_path / f"t.jsonl{packed}", PACK[packed]
+    path.write_bytes(pack(b'{"text": "one"}\n') + pack(b'{"text": "two"}\n'))
+    assert sorted(texts(corpus_of(path))) == ["one", "two"]
+    whole = pack("".join(f'{{"text": "{i} {i * i}"}}\n' for i in range(9_999)).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"cannot read .*t\.jsonl\{packed} as a table \(OSError: Truncated"):
+        texts(corpus_of(path))
+
+
+def test_a_json_file_may_hold_lines_or_a_list_over_many_lines(tmp_path):
+    for content in ('\ufeff{"text": "one"}\n{"text": "two"}', '\n [\n{\n"text":\n"one"}, {"text": "two"}\n]\n'):
+        (tmp_path / "t.json").write_text(content, encoding="utf-8")
+        assert sorted(texts(corpus_of(tmp_path / "t.json"))) == ["one", "two"]
 
 
 def test_a_csv_is_read_by_the_names_of_its_columns_also_where_rows_end_in_a_comma(tmp_path):
     (tmp_path / "t.csv").write_text("text,source\nthe document,somewhere,\n")
     assert texts(corpus_of(tmp_path / "t.csv")) == ["the document"]
+
+
+def test_a_cell_is_text_as_it_stands_whatever_else_it_could_be_taken_for(tmp_path):
+    cells = ["1", "007", "NA", "null", "True", "1e5", "2026-01-01"]
+    (tmp_path / "t.csv").write_text("text,n\n" + "".join(f"{cell},\n" for cell in cells))
+    assert sorted(texts(corpus_of(tmp_path / "t.csv"))) == sorted(cells)
+
+
+def test_a_cell_of_several_lines_is_one_text(tmp_path):
+    (tmp_path / "t.csv").write_text('n,text\r\n1,"one\r\n\r\ntwo, ""three"""\r\n2,four\r\n', newline="")
+    assert {(d.id, d.text) for d in corpus_of(tmp_path / "t.csv").epoch(0)} == {
+        ("t.csv:1", 'one\r\n\r\ntwo, "three"'),
+        ("t.csv:2", "four"),
+    }
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_of_json_ends_with_a_line_feed_alone(tmp_path, separator):
+    path, wanted = tmp_path / "t.jsonl", [f"one{separator}two", "three"]
+    path.write_bytes(f'{{"text": "one{separator}two"}}\n{{"text": "three"}}\r\n'.encode())
+    assert sorted(texts(corpus_of(path))) == wanted
+    assert [record["text"] for record in data.read_lines(path)] == wanted
+
+
+def test_nulls_and_lists_beside_and_nulls_in_a_column_of_parquet_are_no_trouble(tmp_path):
+    columns = {
+        "text": ["one", None, "two"],
+        "tags": [["a"], [], None],
+        "numbers": [None, None, None],
+        "nested": [{"a": [1]}, None, {"a": None}],
+    }
+    (tmp_path / "t.parquet").write_bytes(parquet(**columns))
+    corpus = corpus_of(tmp_path / "t.parquet")
+    assert sorted(texts(corpus)) == ["one", "two"] and corpus.skipped == {"empty": 1}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_strings_of_each_type_of_parquet_are_text(tmp_path, kind):
+    (tmp_path / "t.parquet").write_bytes(parquet(text=pa.array(["one", None, "zwölf"]).cast(kind)))
+    assert sorted(texts(corpus_of(tmp_path / "t.parquet"))) == ["one", "zwölf"]
+
+
+def test_in_a_list_of_json_other_fields_may_be_of_any_type(tmp_path):
+    (tmp_path / "t.json").write_text('[{"text": "one", "n": 1}, {"text": "two", "n": ["x"]}, {"n": {"text": 3}}, 7]')
+    corpus = corpus_of(tmp_path / "t.json")
+    assert sorted(texts(corpus)) == ["one", "two"] and corpus.skipped == {"empty": 1, "malformed": 1}
 
 
 def test_what_is_in_other_columns_is_no_reason_to_refuse_a_table(tmp_path):
@@ -362,6 +442,38 @@ def test_a_table_file_of_no_bytes_is_skipped_and_counted(tmp_path, suffix):
     assert corpus.skipped == {"empty": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"a,text\n"),
+        ("t.tsv", b"\n\n"),
+        ("t.json", b"[]"),
+        ("t.parquet", parquet(text=pa.array([], pa.string()))),
+        ("t.jsonl.gz", gzip.compress(b"")),
+        ("t.jsonl.gz", b""),
+        ("t.csv.zst", zstandard.compress(b"")),
+    ],
+)
+def test_a_table_of_no_rows_is_skipped_and_counted_and_alone_it_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^corpus '.*{name}': no text of 1 or more words; skipped 1 empty$"):
+        texts(corpus_of(tmp_path / name))
+    (tmp_path / "good.txt").write_text("good")
+    corpus = corpus_of(tmp_path)
+    assert texts(corpus) == ["good"] and corpus.skipped == {"empty": 1}
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_last_of_json_lines_need_not_end_and_a_broken_one_is_named(tmp_path, end, capsys):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}' + end)
+    assert list(data.read_lines(path)) == [{"a": 1}, {"a": 2}] and capsys.readouterr().out == ""
+    path.write_text('{"a": 1}\n[2]\n{}\n{"a": ' + end)
+    assert list(data.read_lines(path)) == [{"a": 1}, {}]
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{path}:{number} is no JSON object and is skipped" for number in (2, 4)]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
 def test_no_bytes_make_the_reader_of_json_lines_fail(tmp_path, content):
@@ -440,8 +552,15 @@ def test_an_absent_field_is_a_user_error_that_names_those_there_are(tmp_path, su
     ("name", "content", "cause"),
     [
         ("t.parquet", "no table", "magic bytes"),
-        ("t.csv", "a,text\n1,2\n1,2,3,4\n", "line 3 has 4 fields, the header 2"),
-        ("t.csv", "a,text\n", "no data"),
+        (
+            "t.csv",
+            "a,text\n1,2\n1,2,3,4\n",
+            "line 3: 2 more fields than in the header; put texts with a ',' into quotes",
+        ),
+        ("t.tsv", 'a\ttext\n1\t"2\n3\n\n4\t5\n', "line 2: unexpected end of data; .*double the quotes inside"),
+        ("t.csv", 'a,text\n1,"2"\n1,"two" or 3\n', "line 3: ',' expected after '\"'"),
+        ("t.json", '[{"text": "one"},\n{"text": "two"', "line 2 column 15"),
+        ("t.jsonl.gz", "no gzip", "header check"),
     ],
 )
 def test_a_broken_table_is_a_user_error_of_one_line_with_file_and_cause(tmp_path, name, content, cause):
