@@ -450,6 +450,7 @@ def main(argv: Sequence[str]) -> int:
     if cfg.dry_run:
         print(plan.plan(cfg))
         return 0
+    runlog.check_tracker(cfg)
     corpus = sources.open_corpus(cfg)
     if not cfg.episodes or cfg.audit or cfg.eval_every:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded

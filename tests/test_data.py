@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import HUB_CORPORA, Corpus, Document, UserError
+from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
+from engine import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_NAME = "Skelebor/book_titles_and_descriptions"
@@ -638,6 +640,42 @@ def test_an_unreachable_hub_is_a_user_error_with_a_remedy_and_without_retries(mo
     with pytest.raises(UserError, match=r"'org/name' from the hub .*service not known\): .*--corpus samples"):
         texts(Corpus("org/name"))
     assert calls == []
+
+
+NO_REPLY = types.SimpleNamespace(headers={}, request=None, status_code=404)
+ABSENT = [
+    ValueError("BuilderConfig 'de' not found. Available: ['en']"),
+    ValueError("Bad split: dev. Available splits: ['train']"),
+    datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub or cannot be accessed."),
+    datasets.exceptions.DataFilesNotFoundError("No supported data files found in org/name"),
+    huggingface_hub.errors.RepositoryNotFoundError("404 Client Error", response=NO_REPLY),
+    huggingface_hub.errors.GatedRepoError("403 Client Error", response=NO_REPLY),
+]
+BROKEN = [
+    ConnectionError("Couldn't reach 'org/name' on the Hub"),
+    TimeoutError("The read operation timed out"),
+    OSError(113, "No route to host"),
+    json.JSONDecodeError("Expecting value", "<html>", 0),
+    pa.ArrowInvalid("Parquet magic bytes not found in footer"),
+    huggingface_hub.errors.HfHubHTTPError("502 Server Error", response=NO_REPLY),
+]
+
+
+@pytest.mark.parametrize("error", [*ABSENT, *BROKEN], ids=repr)
+@pytest.mark.parametrize("place", ["dataset_info", "load_dataset"])
+def test_what_the_hub_does_not_have_is_told_once_and_a_broken_connection_is_tried_again(monkeypatch, error, place):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    pauses: list[float] = []
+    hub_of(monkeypatch, [{"text": "one"}])
+    monkeypatch.setattr(huggingface_hub if place == "dataset_info" else datasets, place, fail)
+    monkeypatch.setattr(sources.time, "sleep", pauses.append)
+    with pytest.raises(UserError, match=r"^cannot read 'org/name' from the hub .*: check name and connection") as told:
+        next(sources.documents_from(Corpus("org/name"), 0))
+    assert type(told.value) is (UserError if error in ABSENT else Unreachable)
+    assert pauses == ([] if error in ABSENT else list(sources.PAUSES))
+    assert str(error).partition("\n")[0] in str(told.value) and "\n" not in str(told.value)
 
 
 def test_an_offline_hub_is_a_user_error(monkeypatch):

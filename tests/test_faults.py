@@ -2,10 +2,15 @@
 
 import errno
 import gc
+import importlib
+import importlib.machinery
 import json
 import os
+import re
 import resource
 import signal
+import sys
+import types
 import weakref
 from dataclasses import replace
 
@@ -409,6 +414,86 @@ def test_the_systems_own_refusal_to_write_a_tensor_file_is_a_clear_error(tmp_pat
 def test_a_log_that_cannot_be_written_is_a_clear_error():
     with pytest.raises(UserError, match=r"cannot write /dev/full: No space left"):
         runlog.append(pop.Path("/dev/full"), {"a": 1})
+
+
+# ------------------------------------------------------------------------------------------------------ trackers
+
+
+def refusing(error):
+    def call(**_):
+        raise error
+
+    return call
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """service(name, **functions): a module of that name, with the functions of wandb that it is given."""
+
+    def stand_in(name, **functions):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])"),
+            "api_key not configured",
+        ),
+        (ValueError("API key verification failed.\nMake sure that it is valid."), "API key verification failed."),
+    ],
+)
+def test_a_missing_login_of_wandb_is_found_before_anything_is_loaded(
+    played, tmp_path, monkeypatch, service, error, said
+):
+    service("wandb", login=refusing(error), init=lambda **_: pytest.fail("a run is begun"))
+    monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(pop.sources, "open_corpus", lambda _: pytest.fail("a corpus is opened"))
+    with pytest.raises(
+        UserError, match=rf"^--tracker wandb: \w+: {re.escape(said)}.*; run `wandb login`, set "
+    ) as caught:
+        pop.main(played(tracker="wandb"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_key_of_wandb_is_verified_and_asked_for_once(service):
+    asked = []
+    service("wandb", login=lambda **given: asked.append(given))
+    runlog.check_tracker(pop.Config(tracker="wandb"))
+    assert asked == [{"verify": True}]
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "tensorboard"])
+def test_a_tracker_whose_package_is_broken_is_found_before_anything_is_loaded(played, monkeypatch, service, tracker):
+    def broken(name, real=importlib.import_module):
+        if tracker in name:
+            raise ImportError("its parts do not fit together\nand so on")
+        return real(name)
+
+    service(tracker)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    with pytest.raises(UserError, match=f"^--tracker {tracker}: ImportError: its parts do not fit together; "):
+        pop.main(played(tracker=tracker))
+
+
+def test_a_tracker_that_needs_no_login_is_asked_for_none(service):
+    service("trackio")
+    for tracker in ("none", "trackio"):
+        runlog.check_tracker(pop.Config(tracker=tracker))
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_cannot_begin_a_run_is_one_line(service, tmp_path, tracker):
+    service(tracker, init=refusing(ConnectionError("no route to host\nin 90 seconds")))
+    with pytest.raises(UserError, match=f"^--tracker {tracker}: ConnectionError: no route to host; .*choose another$"):
+        runlog.tracker(pop.Config(tracker=tracker), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- roles
