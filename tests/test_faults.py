@@ -23,6 +23,7 @@ import training
 from conftest import tiny_llm
 from test_pop import group
 
+import eval as evaluation
 import model as model_module
 import pop
 from data import Document, UserError
@@ -498,6 +499,31 @@ def test_a_tracker_that_cannot_begin_a_run_is_one_line(service, tmp_path, tracke
     service(tracker, init=refusing(ConnectionError("no route to host\nin 90 seconds")))
     with pytest.raises(UserError, match=f"^--tracker {tracker}: ConnectionError: no route to host; .*choose another$"):
         runlog.tracker(pop.Config(tracker=tracker), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- the evaluation's start
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("audit --output {file}/x.json", "--output {file}/x.json cannot be written: File exists"),
+        ("audit --documents 1", "--documents 1: must be 2 or more"),
+        ("heldout --output {file}/x", "--output {file}/x cannot be used: .*Not a directory"),
+        ("heldout --temperature nan", "--temperature nan: must be 0"),
+        ("heldout --temperature inf", "--temperature inf: must be 0"),
+        ("heldout --max-new-tokens 0", "--max-new-tokens 0: must be 1 or more"),
+        ("heldout --seed -1", "--seed -1: must be"),
+        ("heldout --judge big --judge-url localhost", "the judge's url 'localhost' is none"),
+    ],
+)
+def test_what_an_evaluation_cannot_do_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr(evaluation.model, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+    command, *more = words.format(file=tmp_path / "file").split()
+    with pytest.raises(UserError, match="^" + said.format(file=tmp_path / "file")):
+        evaluation.main([command, "--preset", "demo", *more])
 
 
 # --------------------------------------------------------------------------------------------------------- roles

@@ -1,5 +1,6 @@
 """Judges: a tiny local model, and an endpoint played by a server on this machine."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ import openai
 import pytest
 import torch
 
+import eval as evaluation
 from benchmarks import judges
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Verdict
 from data import UserError
@@ -420,6 +422,15 @@ def test_an_error_that_comes_as_a_success_says_why(endpoint, error):
     server = endpoint(lambda *_: json.dumps({"error": error}).encode())
     verdict = asked(server.judge(), [question("q")])["q"]
     assert verdict.value is None and "overloaded" in verdict.reason
+
+
+def test_why_verdicts_are_missing_is_printed_the_most_frequent_reason_first(endpoint, tmp_path, capsys):
+    script = {"q0": (400, "too long"), "q1": (400, "too long"), "q2": "Well."}
+    judge = endpoint(lambda text, n, request: script.get(text, "Rating: 7")).judge()
+    values = evaluation.verdicts_of(judge, questions(4), "base", argparse.Namespace(folder=tmp_path))
+    assert values == {"q0": None, "q1": None, "q2": None, "q3": 7.0}
+    said = "base: 3 verdicts are missing (2x HTTP 400: too long; 1x no verdict in the reply)"
+    assert said in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
