@@ -82,7 +82,7 @@ class Corpus:
     skipped: rows left out, by reason; the most in any one epoch, so that repeated epochs do not add up.
     listing: which files are read and which left out, in words; "" for the samples and the hub.
 
-    Raises UserError for bad values and for a local corpus that is missing or has no file of a known kind.
+    Raises UserError for a local corpus that is missing or has no file of a known kind. Numbers are checked in Config.
     """
 
     def __init__(
@@ -98,12 +98,6 @@ class Corpus:
         seed: int = 0,
         buffer_size: int = 10_000,
     ) -> None:
-        if task not in HUB_CORPORA:
-            raise UserError(f"unknown task {task!r}: choose from {', '.join(HUB_CORPORA)}")
-        if not 1 <= min_words <= max_words:
-            raise UserError(f"need 1 <= min words <= max words, not {min_words} and {max_words}")
-        if seed < 0 or buffer_size < 1:
-            raise UserError(f"need seed >= 0 and buffer size >= 1, not {seed} and {buffer_size}")
         self.name, self.config, self.split = name, config, split
         self.field = text_field or dict(HUB_CORPORA.values()).get(name, "text")
         self.min_words, self.max_words = min_words, max_words
@@ -152,7 +146,7 @@ class Corpus:
             if table is None:
                 yield file_id, read_plain(path)
             else:
-                yield f"{file_id}:{row + 1}", table[row]["reason"] or table[row]["text"]
+                yield f"{file_id}:{row + 1}", (cells := table[row])["reason"] or cells["text"]
 
     def _hub_rows(self, number: int) -> Iterator[tuple[str, Row]]:
         import datasets  # takes a second, which runs on texts and reports need not wait for
@@ -269,17 +263,18 @@ def json_rows(path: Path, field: str) -> Iterator[Row]:
     """An object in each line, so that a broken one is the only one lost; a .json may be one list instead."""
     with unpacked(path) as file:
         a_list = kind_of(path) == ".json" and file.peek(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        rows = json.loads(str(file.read(), "utf-8-sig", "replace")) if a_list else map(json_line, file)
+        whole = str(file.read(), "utf-8-sig", "replace") if a_list else ""
+        rows = json.loads(whole) if a_list else (json_line(line, "replace") for line in file)
         for number, row in enumerate(rows):
             if number == 0 and row and isinstance(row, dict):
                 require_field(field, row, str(path))
             yield cell(row.get(field)) if isinstance(row, dict) else "malformed"
 
 
-def json_line(line: bytes) -> Any:
-    """What a line of JSON Lines holds: None if it is broken, nothing if it is blank."""
+def json_line(line: bytes, errors: str = "strict") -> Any:
+    """What a line of JSON Lines holds: None if it is broken, {} if it is blank. errors: as for bytes.decode."""
     try:
-        return json.loads(str(line, "utf-8-sig", "replace").strip() or "{}")
+        return json.loads(line.decode("utf-8-sig", errors).strip() or "{}")
     except (ValueError, RecursionError):
         return None
 
@@ -318,8 +313,9 @@ def parquet_rows(path: Path, field: str) -> Iterator[Row]:
 
 
 def require_field(field: str, fields: Iterable[str], where: str) -> None:
-    if field not in fields:
-        raise UserError(f"{where} has no field {field!r}: choose with --text-field from {', '.join(fields)}")
+    if (found := list(fields).count(field)) != 1:
+        number = "more than one" if found else "no"
+        raise UserError(f"{where} has {number} field {field!r}: choose with --text-field from {', '.join(fields)}")
 
 
 def brief(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
+from config import Config, parse_args
 from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
 from engine import sources
 
@@ -108,10 +109,14 @@ def test_a_folder_is_read_recursively_and_ids_tell_where(tmp_path):
     }
 
 
-def parquet(**columns: pa.Array | list) -> bytes:
+def parquet_of(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(table, sink)
     return sink.getvalue()
+
+
+def parquet(**columns: pa.Array | list) -> bytes:
+    return parquet_of(pa.table(columns))
 
 
 PACK = {".gz": gzip.compress, ".zst": zstandard.compress, "": bytes}
@@ -575,15 +580,34 @@ def test_a_broken_table_is_a_user_error_of_one_line_with_file_and_cause(tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_words": 0}, "min words"),
-        ({"min_words": 10, "max_words": 9}, "max words"),
-        ({"seed": -1}, "seed"),
-        ({"task": "cooking"}, "instructions, health, writing"),
+        ({"min_words": 0}, "--min-words 0: must be at least 1"),
+        ({"min_words": 10, "max_words": 9}, "--min-words 10: must be at most --max-words, 9"),
+        ({"seed": -1}, "--seed -1: must be from 0 to"),
     ],
 )
 def test_a_bad_value_is_a_user_error(options, message):
     with pytest.raises(UserError, match=message):
-        Corpus("samples", **options)
+        sources.open_corpus(Config(corpus="samples", **options))
+
+
+def test_an_unknown_task_is_named_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--preset", "demo", "--task", "cooking"])
+    assert "instructions" in (said := capsys.readouterr().err) and "health" in said and "writing" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"text,n,text\none,1,two\n"),
+        ("t.tsv", b"text\ttext\none\ttwo\n"),
+        ("t.parquet", parquet_of(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]))),
+    ],
+)
+def test_two_columns_of_the_name_are_refused_as_either_could_be_meant(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} has more than one field 'text': choose with --text-field from text"):
+        texts(corpus_of(tmp_path / name))
 
 
 # --- the hub
