@@ -161,10 +161,10 @@ def test_a_csv_is_read_by_the_names_of_its_columns_also_where_rows_end_in_a_comm
     assert texts(corpus_of(tmp_path / "t.csv")) == ["the document"]
 
 
-def test_a_cell_is_text_as_it_stands_whatever_else_it_could_be_taken_for(tmp_path):
-    cells = ["1", "007", "NA", "null", "True", "1e5", "2026-01-01"]
-    (tmp_path / "t.csv").write_text("text,n\n" + "".join(f"{cell},\n" for cell in cells))
-    assert sorted(texts(corpus_of(tmp_path / "t.csv"))) == sorted(cells)
+@pytest.mark.parametrize("text", ["1", "007", "NA", "null", "True", "1e5", "2026-01-01"])
+def test_a_cell_is_text_as_it_stands_whatever_else_it_could_be_taken_for(tmp_path, text):
+    (tmp_path / "t.csv").write_text(f"n,text\n1,{text}\n")
+    assert texts(corpus_of(tmp_path / "t.csv")) == [text]
 
 
 def test_a_cell_of_several_lines_is_one_text(tmp_path):
