@@ -3,23 +3,25 @@
 Documents are untrusted text. Here they are cut, counted and otherwise passed on as they are.
 """
 
+import contextlib
 import csv
-import glob
+import errno
 import hashlib
+import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 import huggingface_hub
 import numpy as np
+from huggingface_hub.errors import RepositoryNotFoundError
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
@@ -35,12 +37,11 @@ HUB_CORPORA = {
     "writing": ("Skelebor/book_titles_and_descriptions", "description"),
 }
 
-# Suffix of a table -> the builder of `datasets` that reads it. A .jsonl is read as lines and parsed in read_row: the
-# json builder refuses a whole file for one broken line.
-TABLES = {".jsonl": "text", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-SUFFIXES = (".txt", ".md", *TABLES, *(f"{suffix}{packed}" for suffix in TABLES for packed in (".gz", ".zst")))
+TABLES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+PACKED = {".gz": "gzip", ".zst": "zstd"}  # suffix -> its name in pyarrow
+SUFFIXES = (".txt", ".md", *(table + packed for packed in ("", *PACKED) for table in TABLES))
 
-Row = Mapping[str, Any] | str  # its fields, or the reason why it has none
+Row = bytes | str  # its text, not yet decoded, or the reason why it has none
 
 
 class UserError(Exception):
@@ -81,7 +82,7 @@ class Corpus:
     skipped: rows left out, by reason; the most in any one epoch, so that repeated epochs do not add up.
     listing: which files are read and which left out, in words; "" for the samples and the hub.
 
-    Raises UserError for bad values and for a local corpus that is missing or has no file of a known kind.
+    Raises UserError for a local corpus that is missing or has no file of a known kind. Numbers are checked in Config.
     """
 
     def __init__(
@@ -97,12 +98,6 @@ class Corpus:
         seed: int = 0,
         buffer_size: int = 10_000,
     ) -> None:
-        if task not in HUB_CORPORA:
-            raise UserError(f"unknown task {task!r}: choose from {', '.join(HUB_CORPORA)}")
-        if not 1 <= min_words <= max_words:
-            raise UserError(f"need 1 <= min words <= max words, not {min_words} and {max_words}")
-        if seed < 0 or buffer_size < 1:
-            raise UserError(f"need seed >= 0 and buffer size >= 1, not {seed} and {buffer_size}")
         self.name, self.config, self.split = name, config, split
         self.field = text_field or dict(HUB_CORPORA.values()).get(name, "text")
         self.min_words, self.max_words = min_words, max_words
@@ -123,7 +118,7 @@ class Corpus:
         seen: set[bytes] = set()
         skipped: Counter[str] = Counter()
         for row_id, row in self._local_rows(number) if self._files else self._hub_rows(number):
-            text, reason = usable_text(row, self.field, self.min_words, self.max_words)
+            text, reason = usable_text(row, self.min_words, self.max_words)
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             if not reason and digest not in seen:
                 seen.add(digest)
@@ -137,11 +132,8 @@ class Corpus:
 
     @cached_property
     def _tables(self) -> "list[datasets.Dataset | None]":
-        """The table in each local file, memory-mapped; None for a plain or an empty file."""
-        return [
-            open_table(path, self.field) if kind_of(path) in TABLES and path.stat().st_size else None
-            for _, path in self._files
-        ]
+        """The table in each local file, memory-mapped; None for a plain file."""
+        return [open_table(path, self.field) if kind_of(path) in TABLES else None for _, path in self._files]
 
     def _local_rows(self, number: int) -> Iterator[tuple[str, Row]]:
         """Permutes the rows of all files together, a plain file being one row, and reads each when due."""
@@ -151,8 +143,10 @@ class Corpus:
             file = int(np.searchsorted(ends, position, side="right"))
             row = int(position - ends[file]) + lengths[file]
             (file_id, path), table = self._files[file], self._tables[file]
-            row_id = file_id if table is None else f"{file_id}:{row + 1}"
-            yield row_id, read_row(path, table, row, self.field)
+            if table is None:
+                yield file_id, read_plain(path)
+            else:
+                yield f"{file_id}:{row + 1}", (cells := table[row])["reason"] or cells["text"]
 
     def _hub_rows(self, number: int) -> Iterator[tuple[str, Row]]:
         import datasets  # takes a second, which runs on texts and reports need not wait for
@@ -170,12 +164,16 @@ class Corpus:
             for position, row in enumerate(stream, start=1):
                 if position == 1:
                     require_field(self.field, row, self.name)
-                yield f"{self.name}:{position}", row
+                yield f"{self.name}:{position}", cell(row.get(self.field))
         except UserError:
             raise
-        except Exception as error:  # from many libraries: no connection, no such data set, config or split
+        except Exception as error:  # from many libraries
+            refuse_cache(error)
+            absent = isinstance(error, RepositoryNotFoundError | datasets.exceptions.DatasetsError)
+            absent = absent or type(error) is ValueError  # config or split; subclasses come of replies broken off
             advice = "check name and connection, or use --corpus samples or a file or folder of your own"
-            raise Unreachable(f"cannot read {self.name!r} from the hub ({brief(error)}): {advice}") from error
+            told = f"cannot read {self.name!r} from the hub ({brief(error)}): {advice}"
+            raise (UserError if absent else Unreachable)(told) from error
 
 
 def kind_of(path: Path) -> str:
@@ -201,8 +199,8 @@ def find_files(name: str, task: str) -> tuple[list[tuple[str, Path]], str]:
         raise UserError(f"corpus {name!r}: nothing to read, no file ends in {' '.join(SUFFIXES)}")
     taken = Counter(kind_of(path) for _, path in files)
     left = Counter(path.suffix.lower() or "no suffix" for path in paths if not kind_of(path))
-    left |= Counter({"hidden": hidden} if hidden else {})
-    told = [", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) for counts in (taken, left) if counts]
+    left["hidden"] = hidden
+    told = [", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) for counts in (taken, +left) if counts]
     return files, "" if name in built_in else "reads " + "; leaves out ".join(told)
 
 
@@ -222,104 +220,138 @@ def files_below(root: Path) -> tuple[list[Path], int]:
 
 
 def open_table(path: Path, field: str) -> "datasets.Dataset":
-    """The column `field` of a table, or the lines of a .jsonl. Raises UserError, naming the file, if there is none."""
-    import datasets  # as above
+    """The `table_rows`, kept in the cache of `datasets` and memory-mapped. Raises UserError, naming the file and where
+    possible the row, if the table cannot be read, and if the cache cannot be written."""
+    import datasets  # as for a stream
 
-    builder = TABLES[kind_of(path)]
     datasets.disable_progress_bars()
-    with path.open("rb") as file:  # `datasets` knows a file by its time and size, also if it has been written anew
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    try:  # data_files is a pattern: the [ and * of a real name need escaping
-        source = {"data_files": glob.escape(str(path)), "split": "train", "name": f"pop-{digest[:16]}"}
-        options = column_of(path, builder, field)
-        table = datasets.load_dataset(builder, **source, **options)
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise UserError(f"cannot write {error.filename}: set HF_HOME to a folder that can be written") from None
-    except Exception as error:  # pyarrow's, pandas' or datasets' own, depending on the kind of file
-        raise UserError(f"cannot read {path} as a table ({brief(error.__cause__ or error)})") from error
-    fields = read_row(path, table, 0, field) if builder == "text" else table.column_names
-    if not isinstance(fields, str):
-        require_field(field, fields, str(path))
-    return table if builder == "text" else table.select_columns([field])
+    features = datasets.Features(text=datasets.Value("large_binary"), reason=datasets.Value("string"))
+    try:
+        with path.open("rb") as file:  # known by its content: written anew, a file may keep its time and size
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(f"{kind_of(path)} {field}".encode() + Path(__file__).read_bytes())  # and by how it is read
+        source = {"gen_kwargs": {"path": path, "field": field}, "fingerprint": f"pop-{digest.hexdigest()[:16]}"}
+        return datasets.Dataset.from_generator(table_rows, features, **source)
+    except Exception as error:  # of csv, json, pyarrow or datasets
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if getattr(cause, "filename", "") != str(path):
+            refuse_cache(cause)
+        raise UserError(f"cannot read {path} as a table ({brief(cause)})") from error
 
 
-def column_of(path: Path, builder: str, field: str) -> dict[str, Any]:
-    """The options of a builder by which it reads one column alone: nothing in others can be the reason to refuse."""
-    if builder == "text":
-        return {"encoding_errors": "replace"}
-    if builder == "parquet":
-        import datasets
-        import pyarrow.parquet
-
-        schema = pyarrow.parquet.read_schema(path)
-        require_field(field, schema.names, str(path))
-        kind = datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(field).remove_metadata()]))
-        return {"columns": [field], "features": kind}
-    if builder == "csv":
-        separator = "\t" if kind_of(path) == ".tsv" else ","
-        check_csv(path, field, separator)
-        # index_col: pandas would take the first column for an index if rows end in one comma more than the header.
-        chosen = {"index_col": False, "usecols": [field], "keep_default_na": False}
-        return {"sep": separator, "encoding_errors": "replace", **chosen}
-    return {}
+def table_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
+    """The column `field` of a table and nothing else of it: what others hold must be no reason to refuse it."""
+    kind, empty = kind_of(path), True
+    reader = parquet_rows if kind == ".parquet" else json_rows if "json" in kind else csv_rows
+    for row in reader(path, field) if path.stat().st_size else ():
+        empty = False
+        yield {"text": None, "reason": row} if isinstance(row, str) else {"text": row, "reason": None}
+    if empty:
+        yield {"text": None, "reason": "empty"}
 
 
-def check_csv(path: Path, field: str, separator: str) -> None:
-    """Raises UserError if the column is not there or a row has more fields than the header, but for empty ones at its
-    end: its text has a comma that is not quoted, and columns would be mixed up."""
+def unpacked(path: Path) -> io.BufferedReader:
+    """The bytes of a file, decompressed if its name says so. Reading raises OSError if the end is missing."""
+    import pyarrow  # comes with datasets
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=PACKED.get(path.suffix.lower())))
+
+
+def json_rows(path: Path, field: str) -> Iterator[Row]:
+    """An object in each line, so that a broken one is the only one lost; a .json may be one list instead."""
+    with unpacked(path) as file:
+        a_list = kind_of(path) == ".json" and file.peek(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        whole = str(file.read(), "utf-8-sig", "replace") if a_list else ""
+        rows = json.loads(whole) if a_list else (json_line(line, "replace") for line in file)
+        for number, row in enumerate(rows):
+            if number == 0 and row and isinstance(row, dict):
+                require_field(field, row, str(path))
+            yield cell(row.get(field)) if isinstance(row, dict) else "malformed"
+
+
+def json_line(line: bytes, errors: str = "strict") -> Any:
+    """What a line of JSON Lines holds: None if it is broken, {} if it is blank. errors: as for bytes.decode."""
+    try:
+        return json.loads(line.decode("utf-8-sig", errors).strip() or "{}")
+    except (ValueError, RecursionError):
+        return None
+
+
+def csv_rows(path: Path, field: str) -> Iterator[Row]:
+    """Raises UserError for a row with more fields than the header, but for empty ones at its end, and for quotes that
+    do not match: columns or rows would be mixed up."""
     csv.field_size_limit(2**31 - 1)
-    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = csv.reader(file, delimiter=separator)
-        header = next(rows, [])
-        require_field(field, header, str(path))
-        for row in rows:
-            if any(row[len(header) :]):
-                told = f"line {rows.line_num} has {len(row)} fields, the header {len(header)}"
-                raise UserError(f"cannot read {path} as a table: {told}; put texts with a {separator!r} into quotes")
+    separator = "\t" if kind_of(path) == ".tsv" else ","
+    with io.TextIOWrapper(unpacked(path), "utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.DictReader(file, delimiter=separator, strict=True)
+        require_field(field, rows.fieldnames or [field], str(path))
+        line = rows.line_num
+        try:
+            for row in rows:
+                if any(more := row.pop(None, ())):
+                    raise csv.Error(f"{len(more)} more fields than in the header")
+                yield cell(row[field])
+                line = rows.line_num
+        except csv.Error as error:
+            remedy = f"put texts with a {separator!r} into quotes, and double the quotes inside"
+            raise UserError(f"cannot read {path} as a table: line {line + 1}: {error}; {remedy}") from None
+
+
+def parquet_rows(path: Path, field: str) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    source = io.BytesIO(unpacked(path).read()) if path.suffix.lower() in PACKED else path
+    with pyarrow.parquet.ParquetFile(source) as file:
+        require_field(field, file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(batch_size=1_000, columns=[field]):
+            column = batch.column(field)
+            with contextlib.suppress(pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):  # it is no text
+                column = column.cast(pyarrow.large_binary())  # as strings, those that are not UTF-8 fail all together
+            yield from map(cell, column.to_pylist())
 
 
 def require_field(field: str, fields: Iterable[str], where: str) -> None:
-    if field not in fields:
-        raise UserError(f"{where} has no field {field!r}: choose with --text-field from {', '.join(fields)}")
+    if (found := list(fields).count(field)) != 1:
+        number = "more than one" if found else "no"
+        raise UserError(f"{where} has {number} field {field!r}: choose with --text-field from {', '.join(fields)}")
 
 
 def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def read_row(path: Path, table: "datasets.Dataset | None", row: int, field: str) -> Row:
-    """The fields of a row, or why it has none. A plain file is one row of one field, still bytes."""
+def refuse_cache(error: BaseException) -> None:
+    """Raises UserError, with the remedy, if the error is that a folder cannot be written."""
+    denied = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+    if denied or getattr(error, "errno", 0) in (errno.EROFS, errno.ENOSPC):
+        remedy = "set HF_HOME (or HF_DATASETS_CACHE, if that is set) to a folder that can be written"
+        raise UserError(f"cannot write the cache ({brief(error)}): {remedy}") from None
+
+
+def read_plain(path: Path) -> Row:
     try:
-        if table is None:
-            return {field: path.read_bytes()}
-        if kind_of(path) != ".jsonl":
-            return table[row]
-        line = table[row]["text"]
-        fields = json.loads(line) if line.strip() else {field: ""}
-        return fields if isinstance(fields, dict) else "malformed"
+        return path.read_bytes()
     except OSError:
         return "unreadable"
-    except UnicodeDecodeError:  # parquet strings that are not the UTF-8 they should be
-        return "undecodable"
-    except (ValueError, RecursionError):
-        return "malformed"
 
 
-def usable_text(row: Row, field: str, min_words: int, max_words: int) -> tuple[str, str]:
+def cell(value: Any) -> Row:
+    """The value of a field as a row's text. Half a surrogate pair, which no tokenizer takes, will fail to decode."""
+    if isinstance(value, str):
+        return value.encode(errors="surrogatepass")
+    return b"" if value is None else value if isinstance(value, bytes) else "not text"
+
+
+def usable_text(row: Row, min_words: int, max_words: int) -> tuple[str, str]:
     """(text up to its last allowed word, whitespace untouched, "") or ("", the reason to skip the row)."""
     if isinstance(row, str):
         return "", row
-    value = "" if row.get(field) is None else row[field]
-    if not isinstance(value, str | bytes):
-        return "", "not text"
-    # A string can hold half a surrogate pair, which no tokenizer takes; as bytes it fails to decode.
-    data = value.encode(errors="surrogatepass") if isinstance(value, str) else value
-    if b"\0" in data:
+    if b"\0" in row:
         return "", "binary"
     try:
-        text = data.decode("utf-8-sig")
+        text = row.decode("utf-8-sig")
     except UnicodeDecodeError:
         return "", "undecodable"
     word_ends = [word.end() for word in islice(re.finditer(r"\S+", text), max_words)]
@@ -385,18 +417,14 @@ def json_lines(records: Iterable[Any]) -> str:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file. A last line without its end, as a process that is killed while it writes leaves
-    it, is left out; any other line that holds no object is named and skipped. Raises OSError."""
-    *lines, _ = path.read_bytes().split(b"\n")  # no str.splitlines, for which U+2028 ends a line too
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            yield record
-        elif line.strip():
+    """The objects of a JSON Lines file. A line that holds none is named and skipped, such as the half of one that a
+    process leaves that is killed while it writes; the last need not end. Raises OSError."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # to str.splitlines U+2028 is an end too
+        record = json_line(line)
+        if not isinstance(record, dict):
             tqdm.write(f"{path}:{number} is no JSON object and is skipped")
+        elif line.strip():
+            yield record
 
 
 def read_episodes(path: Path, answers: bool = False) -> list[Episode]:

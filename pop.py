@@ -413,6 +413,7 @@ def main(argv: Sequence[str]) -> int:
         print(plan.plan(cfg))
         return 0
     parallel.check(cfg.documents_taken)
+    runlog.check_tracker(cfg)
     corpus = sources.open_corpus(cfg)
     if not cfg.episodes or cfg.audit or cfg.eval_every:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded

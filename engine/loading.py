@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from data import UserError
+from data import UserError, refuse_cache
 from engine import fast
 from engine.memory import out_of_memory
 from engine.prefill import prefill
@@ -149,6 +149,7 @@ def pretrained(name: str, load_in: str) -> tuple[Any, Any, torch.dtype]:
     except Exception as error:
         if out_of_memory(error):
             raise UserError(f"out of memory while loading model {name}: choose a smaller one") from None
+        refuse_cache(error.__cause__ or error)
         if not isinstance(error, OSError | ValueError):
             raise
         reason = first_line(error)

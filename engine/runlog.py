@@ -166,6 +166,27 @@ def trouble(episodes: Sequence[Episode], cfg: Config, progress: dict[str, Any]) 
 # ------------------------------------------------------------------------------------------------- trackers
 
 
+@contextlib.contextmanager
+def refusing(tracker: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside, each library having errors of its own, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or " if tracker == "wandb" else ""
+        raise UserError(f"--tracker {tracker}: {brief(error)}; {remedy}choose another") from None
+
+
+def check_tracker(cfg: Config) -> None:
+    """Raises UserError if the tracker's package cannot be used, or wants a login that is not there or not valid."""
+    with refusing(cfg.tracker):
+        if cfg.tracker == "tensorboard":
+            importlib.import_module("torch.utils.tensorboard")
+        elif cfg.tracker != "none":
+            service = importlib.import_module(cfg.tracker)
+            if cfg.tracker == "wandb":  # trackio writes to this machine
+                service.login(verify=True)  # at a terminal it asks for the key; where wandb is offline it does nothing
+
+
 def tracker(cfg: Config, run: Path) -> Callable[[int, dict[str, Any]], None]:
     """(step, metrics) -> nothing: sends the numbers among the metrics to cfg.tracker, nested ones as outer/inner."""
     if cfg.tracker == "none":
@@ -173,7 +194,8 @@ def tracker(cfg: Config, run: Path) -> Callable[[int, dict[str, Any]], None]:
     if cfg.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run / "tensorboard"))
+        with refusing(cfg.tracker):
+            writer = SummaryWriter(str(run / "tensorboard"))
 
         def write(step: int, metrics: dict[str, Any]) -> None:
             for name, value in flat(metrics):
@@ -182,10 +204,8 @@ def tracker(cfg: Config, run: Path) -> Callable[[int, dict[str, Any]], None]:
 
         return write
     service = importlib.import_module(cfg.tracker)  # wandb or trackio, which has the same functions
-    try:
+    with refusing(cfg.tracker):
         service.init(project="pop", name=run.name, config=asdict(cfg))
-    except Exception as error:  # of its own kind: no login, no connection
-        raise UserError(f"--tracker {cfg.tracker}: {brief(error)}; log in, or choose another") from None
     return lambda step, metrics: service.log(dict(flat(metrics)), step=step)
 
 

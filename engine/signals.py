@@ -38,8 +38,9 @@ class Unbreakable:
 def survive_closed_output() -> None:
     """A run of days must not end because a line of it could not be printed."""
     for name in ("stdout", "stderr"):
-        if not isinstance(getattr(sys, name), Unbreakable):
-            setattr(sys, name, Unbreakable(getattr(sys, name)))
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None: closed before we began
+        if not isinstance(stream, Unbreakable):
+            setattr(sys, name, Unbreakable(stream))
 
 
 RESUMABLE = 75  # the exit code EX_TEMPFAIL of sysexits.h: try again later

@@ -1,10 +1,12 @@
 """What data.py promises about documents. No network: a function stands in for the hub."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,11 +16,14 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import HUB_CORPORA, Corpus, Document, UserError
+from config import Config, parse_args
+from data import HUB_CORPORA, Corpus, Document, Unreachable, UserError
+from engine import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_NAME = "Skelebor/book_titles_and_descriptions"
@@ -104,22 +109,104 @@ def test_a_folder_is_read_recursively_and_ids_tell_where(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.csv.gz", "t.TSV.gz", "t.tsv", "t.json"])
-def test_packed_tables_and_their_sister_formats_are_read(tmp_path, name):
-    lines = {
+def parquet_of(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def parquet(**columns: pa.Array | list) -> bytes:
+    return parquet_of(pa.table(columns))
+
+
+PACK = {".gz": gzip.compress, ".zst": zstandard.compress, "": bytes}
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv", "t.TSV", "t.parquet"])
+def test_a_table_of_any_kind_is_read_packed_or_not(tmp_path, name, packed):
+    contents = {
         ".jsonl": '{"n": 1, "text": "one"}\n{"n": 2, "text": "two"}\n',
         ".json": '[{"n": 1, "text": "one"}, {"n": 2, "text": "two"}]',
         ".csv": "n,text\n1,one\n2,two\n",
         ".tsv": "n\ttext\n1\tone\n2\ttwo\n",
+        ".parquet": parquet(n=[1, 2], text=["one", "two"]),
     }
-    content = lines[Path(name.lower().removesuffix(".gz")).suffix].encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert sorted(texts(corpus_of(tmp_path / name))) == ["one", "two"]
+    content = contents[Path(name.lower()).suffix]
+    path = tmp_path / f"{name}{packed}"
+    path.write_bytes(PACK[packed](content if isinstance(content, bytes) else content.encode()))
+    assert {(d.id, d.text) for d in corpus_of(path).epoch(0)} == {(f"{path.name}:1", "one"), (f"{path.name}:2", "two")}
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_packed_file_is_read_to_its_end_and_refused_if_that_is_missing(tmp_path, packed):
+    """Parts that were packed one by one and put together, as `cat` does, are one file."""
+    path, pack = tmp_path / f"t.jsonl{packed}", PACK[packed]
+    path.write_bytes(pack(b'{"text": "one"}\n') + pack(b'{"text": "two"}\n'))
+    assert sorted(texts(corpus_of(path))) == ["one", "two"]
+    whole = pack("".join(f'{{"text": "{i} {i * i}"}}\n' for i in range(9_999)).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"cannot read .*t\.jsonl\{packed} as a table \(OSError: Truncated"):
+        texts(corpus_of(path))
+
+
+def test_a_json_file_may_hold_lines_or_a_list_over_many_lines(tmp_path):
+    for content in ('\ufeff{"text": "one"}\n{"text": "two"}', '\n [\n{\n"text":\n"one"}, {"text": "two"}\n]\n'):
+        (tmp_path / "t.json").write_text(content, encoding="utf-8")
+        assert sorted(texts(corpus_of(tmp_path / "t.json"))) == ["one", "two"]
 
 
 def test_a_csv_is_read_by_the_names_of_its_columns_also_where_rows_end_in_a_comma(tmp_path):
     (tmp_path / "t.csv").write_text("text,source\nthe document,somewhere,\n")
     assert texts(corpus_of(tmp_path / "t.csv")) == ["the document"]
+
+
+@pytest.mark.parametrize("text", ["1", "007", "NA", "null", "True", "1e5", "2026-01-01"])
+def test_a_cell_is_text_as_it_stands_whatever_else_it_could_be_taken_for(tmp_path, text):
+    (tmp_path / "t.csv").write_text(f"n,text\n1,{text}\n")
+    assert texts(corpus_of(tmp_path / "t.csv")) == [text]
+
+
+def test_a_cell_of_several_lines_is_one_text(tmp_path):
+    (tmp_path / "t.csv").write_text('n,text\r\n1,"one\r\n\r\ntwo, ""three"""\r\n2,four\r\n', newline="")
+    assert {(d.id, d.text) for d in corpus_of(tmp_path / "t.csv").epoch(0)} == {
+        ("t.csv:1", 'one\r\n\r\ntwo, "three"'),
+        ("t.csv:2", "four"),
+    }
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_of_json_ends_with_a_line_feed_alone(tmp_path, separator):
+    path, wanted = tmp_path / "t.jsonl", [f"one{separator}two", "three"]
+    path.write_bytes(f'{{"text": "one{separator}two"}}\n{{"text": "three"}}\r\n'.encode())
+    assert sorted(texts(corpus_of(path))) == wanted
+    assert [record["text"] for record in data.read_lines(path)] == wanted
+
+
+def test_nulls_and_lists_beside_and_nulls_in_a_column_of_parquet_are_no_trouble(tmp_path):
+    columns = {
+        "text": ["one", None, "two"],
+        "tags": [["a"], [], None],
+        "numbers": [None, None, None],
+        "nested": [{"a": [1]}, None, {"a": None}],
+    }
+    (tmp_path / "t.parquet").write_bytes(parquet(**columns))
+    corpus = corpus_of(tmp_path / "t.parquet")
+    assert sorted(texts(corpus)) == ["one", "two"] and corpus.skipped == {"empty": 1}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_strings_of_each_type_of_parquet_are_text(tmp_path, kind):
+    (tmp_path / "t.parquet").write_bytes(parquet(text=pa.array(["one", None, "zwölf"]).cast(kind)))
+    assert sorted(texts(corpus_of(tmp_path / "t.parquet"))) == ["one", "zwölf"]
+
+
+def test_in_a_list_of_json_other_fields_may_be_of_any_type(tmp_path):
+    (tmp_path / "t.json").write_text('[{"text": "one", "n": 1}, {"text": "two", "n": ["x"]}, {"n": {"text": 3}}, 7]')
+    corpus = corpus_of(tmp_path / "t.json")
+    assert sorted(texts(corpus)) == ["one", "two"] and corpus.skipped == {"empty": 1, "malformed": 1}
 
 
 def test_what_is_in_other_columns_is_no_reason_to_refuse_a_table(tmp_path):
@@ -362,6 +449,38 @@ def test_a_table_file_of_no_bytes_is_skipped_and_counted(tmp_path, suffix):
     assert corpus.skipped == {"empty": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"a,text\n"),
+        ("t.tsv", b"\n\n"),
+        ("t.json", b"[]"),
+        ("t.parquet", parquet(text=pa.array([], pa.string()))),
+        ("t.jsonl.gz", gzip.compress(b"")),
+        ("t.jsonl.gz", b""),
+        ("t.csv.zst", zstandard.compress(b"")),
+    ],
+)
+def test_a_table_of_no_rows_is_skipped_and_counted_and_alone_it_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^corpus '.*{name}': no text of 1 or more words; skipped 1 empty$"):
+        texts(corpus_of(tmp_path / name))
+    (tmp_path / "good.txt").write_text("good")
+    corpus = corpus_of(tmp_path)
+    assert texts(corpus) == ["good"] and corpus.skipped == {"empty": 1}
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_last_of_json_lines_need_not_end_and_a_broken_one_is_named(tmp_path, end, capsys):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}' + end)
+    assert list(data.read_lines(path)) == [{"a": 1}, {"a": 2}] and capsys.readouterr().out == ""
+    path.write_text('{"a": 1}\n[2]\n{}\n{"a": ' + end)
+    assert list(data.read_lines(path)) == [{"a": 1}, {}]
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{path}:{number} is no JSON object and is skipped" for number in (2, 4)]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
 def test_no_bytes_make_the_reader_of_json_lines_fail(tmp_path, content):
@@ -440,8 +559,15 @@ def test_an_absent_field_is_a_user_error_that_names_those_there_are(tmp_path, su
     ("name", "content", "cause"),
     [
         ("t.parquet", "no table", "magic bytes"),
-        ("t.csv", "a,text\n1,2\n1,2,3,4\n", "line 3 has 4 fields, the header 2"),
-        ("t.csv", "a,text\n", "no data"),
+        (
+            "t.csv",
+            "a,text\n1,2\n1,2,3,4\n",
+            "line 3: 2 more fields than in the header; put texts with a ',' into quotes",
+        ),
+        ("t.tsv", 'a\ttext\n1\t"2\n3\n\n4\t5\n', "line 2: unexpected end of data; .*double the quotes inside"),
+        ("t.csv", 'a,text\n1,"2"\n1,"two" or 3\n', "line 3: ',' expected after '\"'"),
+        ("t.json", '[{"text": "one"},\n{"text": "two"', "line 2 column 15"),
+        ("t.jsonl.gz", "no gzip", "header check"),
     ],
 )
 def test_a_broken_table_is_a_user_error_of_one_line_with_file_and_cause(tmp_path, name, content, cause):
@@ -454,15 +580,34 @@ def test_a_broken_table_is_a_user_error_of_one_line_with_file_and_cause(tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_words": 0}, "min words"),
-        ({"min_words": 10, "max_words": 9}, "max words"),
-        ({"seed": -1}, "seed"),
-        ({"task": "cooking"}, "instructions, health, writing"),
+        ({"min_words": 0}, "--min-words 0: must be at least 1"),
+        ({"min_words": 10, "max_words": 9}, "--min-words 10: must be at most --max-words, 9"),
+        ({"seed": -1}, "--seed -1: must be from 0 to"),
     ],
 )
 def test_a_bad_value_is_a_user_error(options, message):
     with pytest.raises(UserError, match=message):
-        Corpus("samples", **options)
+        sources.open_corpus(Config(corpus="samples", **options))
+
+
+def test_an_unknown_task_is_named_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--preset", "demo", "--task", "cooking"])
+    assert "instructions" in (said := capsys.readouterr().err) and "health" in said and "writing" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"text,n,text\none,1,two\n"),
+        ("t.tsv", b"text\ttext\none\ttwo\n"),
+        ("t.parquet", parquet_of(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]))),
+    ],
+)
+def test_two_columns_of_the_name_are_refused_as_either_could_be_meant(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} has more than one field 'text': choose with --text-field from text"):
+        texts(corpus_of(tmp_path / name))
 
 
 # --- the hub
@@ -519,6 +664,42 @@ def test_an_unreachable_hub_is_a_user_error_with_a_remedy_and_without_retries(mo
     with pytest.raises(UserError, match=r"'org/name' from the hub .*service not known\): .*--corpus samples"):
         texts(Corpus("org/name"))
     assert calls == []
+
+
+NO_REPLY = types.SimpleNamespace(headers={}, request=None, status_code=404)
+ABSENT = [
+    ValueError("BuilderConfig 'de' not found. Available: ['en']"),
+    ValueError("Bad split: dev. Available splits: ['train']"),
+    datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub or cannot be accessed."),
+    datasets.exceptions.DataFilesNotFoundError("No supported data files found in org/name"),
+    huggingface_hub.errors.RepositoryNotFoundError("404 Client Error", response=NO_REPLY),
+    huggingface_hub.errors.GatedRepoError("403 Client Error", response=NO_REPLY),
+]
+BROKEN = [
+    ConnectionError("Couldn't reach 'org/name' on the Hub"),
+    TimeoutError("The read operation timed out"),
+    OSError(113, "No route to host"),
+    json.JSONDecodeError("Expecting value", "<html>", 0),
+    pa.ArrowInvalid("Parquet magic bytes not found in footer"),
+    huggingface_hub.errors.HfHubHTTPError("502 Server Error", response=NO_REPLY),
+]
+
+
+@pytest.mark.parametrize("error", [*ABSENT, *BROKEN], ids=repr)
+@pytest.mark.parametrize("place", ["dataset_info", "load_dataset"])
+def test_what_the_hub_does_not_have_is_told_once_and_a_broken_connection_is_tried_again(monkeypatch, error, place):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    pauses: list[float] = []
+    hub_of(monkeypatch, [{"text": "one"}])
+    monkeypatch.setattr(huggingface_hub if place == "dataset_info" else datasets, place, fail)
+    monkeypatch.setattr(sources.time, "sleep", pauses.append)
+    with pytest.raises(UserError, match=r"^cannot read 'org/name' from the hub .*: check name and connection") as told:
+        next(sources.documents_from(Corpus("org/name"), 0))
+    assert type(told.value) is (UserError if error in ABSENT else Unreachable)
+    assert pauses == ([] if error in ABSENT else list(sources.PAUSES))
+    assert str(error).partition("\n")[0] in str(told.value) and "\n" not in str(told.value)
 
 
 def test_an_offline_hub_is_a_user_error(monkeypatch):

@@ -277,11 +277,12 @@ def test_a_killed_evaluation_goes_on_without_a_repeated_call(bench, tiny, tmp_pa
     assert json.loads(first) == json.loads(second)
 
 
-def test_half_a_line_that_a_kill_left_is_dropped_and_answered_again(tiny, tmp_path):
+@pytest.mark.parametrize("missing", [20, 1])  # 1: the end of the line alone, to which the next would be glued
+def test_half_a_line_that_a_kill_left_is_dropped_and_answered_again(tiny, tmp_path, missing):
     evaluation.main(command("ifeval", tmp_path, "--limit", 3))
     path = tmp_path / "out" / "answers-base.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-20])
+    path.write_bytes(whole[:-missing])
     tiny.calls.clear()
     evaluation.main(command("ifeval", tmp_path, "--limit", 3))
     assert path.read_bytes() == whole and len(tiny.calls) == 1

@@ -2,13 +2,21 @@
 
 import errno
 import gc
+import importlib
+import importlib.machinery
 import json
 import os
+import re
 import resource
 import runpy
+import shlex
 import signal
+import subprocess
+import sys
+import types
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +24,18 @@ import training
 from conftest import tiny_llm
 from test_pop import group
 
+import eval as evaluation
 import model as model_module
 import pop
 from config import Config
 from data import Document, UserError
-from engine import checkpoint, fast, memory, runlog, signals
+from engine import checkpoint, fast, loading, memory, runlog, signals
 from engine.constrained import Field
 from engine.prefill import last_states
 from model import LLM
 from rubric import Answer, Criterion, Episode
 
+ROOT = Path(__file__).resolve().parents[1]
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 CPU_OOM = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried ..."
@@ -424,6 +434,111 @@ def test_a_log_that_cannot_be_written_is_a_clear_error():
         runlog.append(pop.Path("/dev/full"), {"a": 1})
 
 
+# ------------------------------------------------------------------------------------------------------ trackers
+
+
+def refusing(error):
+    def call(**_):
+        raise error
+
+    return call
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """service(name, **functions): a module of that name, with the functions of wandb that it is given."""
+
+    def stand_in(name, **functions):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])"),
+            "api_key not configured",
+        ),
+        (ValueError("API key verification failed.\nMake sure that it is valid."), "API key verification failed."),
+    ],
+)
+def test_a_missing_login_of_wandb_is_found_before_anything_is_loaded(
+    played, tmp_path, monkeypatch, service, error, said
+):
+    service("wandb", login=refusing(error), init=lambda **_: pytest.fail("a run is begun"))
+    monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(pop.sources, "open_corpus", lambda _: pytest.fail("a corpus is opened"))
+    with pytest.raises(
+        UserError, match=rf"^--tracker wandb: \w+: {re.escape(said)}.*; run `wandb login`, set "
+    ) as caught:
+        pop.main(played(tracker="wandb"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_key_of_wandb_is_verified_and_asked_for_once(service):
+    asked = []
+    service("wandb", login=lambda **given: asked.append(given))
+    runlog.check_tracker(pop.Config(tracker="wandb"))
+    assert asked == [{"verify": True}]
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "tensorboard"])
+def test_a_tracker_whose_package_is_broken_is_found_before_anything_is_loaded(played, monkeypatch, service, tracker):
+    def broken(name, real=importlib.import_module):
+        if tracker in name:
+            raise ImportError("its parts do not fit together\nand so on")
+        return real(name)
+
+    service(tracker)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    with pytest.raises(UserError, match=f"^--tracker {tracker}: ImportError: its parts do not fit together; "):
+        pop.main(played(tracker=tracker))
+
+
+def test_a_tracker_that_needs_no_login_is_asked_for_none(service):
+    service("trackio")
+    for tracker in ("none", "trackio"):
+        runlog.check_tracker(pop.Config(tracker=tracker))
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_cannot_begin_a_run_is_one_line(service, tmp_path, tracker):
+    service(tracker, init=refusing(ConnectionError("no route to host\nin 90 seconds")))
+    with pytest.raises(UserError, match=f"^--tracker {tracker}: ConnectionError: no route to host; .*choose another$"):
+        runlog.tracker(pop.Config(tracker=tracker), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- the evaluation's start
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("audit --output {file}/x.json", "--output {file}/x.json cannot be written: File exists"),
+        ("audit --documents 1", "--documents 1: must be 2 or more"),
+        ("heldout --output {file}/x", "--output {file}/x cannot be used: .*Not a directory"),
+        ("heldout --temperature nan", "--temperature nan: must be 0"),
+        ("heldout --temperature inf", "--temperature inf: must be 0"),
+        ("heldout --max-new-tokens 0", "--max-new-tokens 0: must be 1 or more"),
+        ("heldout --seed -1", "--seed -1: must be"),
+        ("heldout --judge big --judge-url localhost", "the judge's url 'localhost' is none"),
+    ],
+)
+def test_what_an_evaluation_cannot_do_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr(evaluation.model, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+    command, *more = words.format(file=tmp_path / "file").split()
+    with pytest.raises(UserError, match="^" + said.format(file=tmp_path / "file")):
+        evaluation.main([command, "--preset", "demo", *more])
+
+
 # --------------------------------------------------------------------------------------------------------- roles
 
 
@@ -510,6 +625,67 @@ def test_a_lost_connection_ends_the_run_resumably(played, tmp_path, monkeypatch,
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
 
 
+def test_the_command_that_a_run_is_resumed_with_can_be_pasted_whatever_its_folder_is_called(
+    played, tmp_path, monkeypatch, capsys
+):
+    signal_in_update(monkeypatch, signal.SIGINT)
+    run = tmp_path / "my run; 'really' $HOME"
+    assert pop.main([*played(), "--output", str(run)]) == signals.RESUMABLE
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(said.partition("resumable with: ")[2]) == ["python", "pop.py", "--resume", str(run)]
+    with pytest.raises(UserError) as caught:
+        pop.main([*played(), "--output", str(run)])
+    assert shlex.quote(str(run)) in str(caught.value)
+
+
+def test_a_run_whose_folder_was_moved_goes_on_where_it_is_to_the_same_end(played, tmp_path, monkeypatch):
+    flags = played(steps=3, eval_every=1, eval_documents=2, audit=2)
+    assert pop.main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        signal_in_update(patch, signal.SIGINT)
+        assert pop.main(flags) == signals.RESUMABLE
+    elsewhere = tmp_path / "archive" / "moved"
+    elsewhere.parent.mkdir()
+    (tmp_path / "run").rename(elsewhere)
+    monkeypatch.chdir(elsewhere.parent)
+    assert pop.main(["--resume", "moved"]) == 0
+    assert training.result(elsewhere) == training.result(tmp_path / "whole")
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_out_of_range_in_a_runs_configuration_are_refused_on_resume(played, tmp_path):
+    pop.main(played(steps=1))
+    path = tmp_path / "run" / "config.json"
+    for name, value in {"max_grad_norm": -1.0, "kl_coef": float("nan"), "lora_r": 0}.items():
+        config = json.loads(path.read_text())
+        (tmp_path / "edited").mkdir(exist_ok=True)
+        (tmp_path / "edited" / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} {value}: must be "):
+            pop.main(["--resume", str(tmp_path / "edited")])
+
+
+def test_a_file_of_weights_that_was_written_anew_is_converted_anew(tmp_path, monkeypatch):
+    """By its content: a copy keeps its time, and versions of a model have the same size."""
+    folders = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        loading.AutoTokenizer,
+        "from_pretrained",
+        lambda *_, **__: types.SimpleNamespace(save_pretrained=lambda folder: folders.append(Path(folder).parent)),
+    )
+    monkeypatch.setattr(
+        loading.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *_, **__: types.SimpleNamespace(save_pretrained=lambda folder: None),
+    )
+    made = []
+    for content in (b"one", b"two", b"one"):
+        (tmp_path / "m.gguf").write_bytes(content)
+        os.utime(tmp_path / "m.gguf", (1, 1))
+        made.append(loading.converted(tmp_path / "m.gguf"))
+    assert made[0] == made[2] != made[1] and len(folders) == 2
+
+
 def signal_in_update(monkeypatch, number: signal.Signals) -> None:
     real = pop.update
 
@@ -577,6 +753,22 @@ def test_a_character_that_a_terminal_cannot_show_is_replaced(tmp_path):
     with (tmp_path / "log").open("w", encoding="ascii") as file:
         print("reward 0.5 ±0.1", file=signals.Unbreakable(file))
     assert (tmp_path / "log").read_text() == "reward 0.5 ?0.1\n"
+
+
+@pytest.mark.parametrize("output", [">&-", ">&- 2>&-", ">/dev/full", "| head -n 1"])
+def test_a_program_whose_output_cannot_be_written_ends_as_it_would(output):
+    program = shlex.join([sys.executable, "-W", "ignore", "pop.py", "--preset", "demo", "--dry-run"])
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{program} {output}"], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_run_goes_on_where_its_output_knows_few_characters(played, tmp_path, monkeypatch):
+    with (tmp_path / "log").open("w", encoding="ascii") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        assert pop.main(played()) == 0
+        monkeypatch.undo()
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2]
+    assert re.search(r"step 2/2  reward 0\.\d+ \?\d", (tmp_path / "log").read_text())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

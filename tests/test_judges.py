@@ -1,5 +1,6 @@
 """Judges: a tiny local model, and an endpoint played by a server on this machine."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ import openai
 import pytest
 import torch
 
+import eval as evaluation
 from benchmarks import judges
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Verdict
 from data import UserError
@@ -157,8 +159,8 @@ def test_questions_that_begin_alike_are_asked_together(llm, monkeypatch):
 class Endpoint:
     """A server whose `script(text, n, request)` says how the n-th request with a text is answered.
 
-    A string is what the model says, a dictionary the choice, a tuple an HTTP status with a message and perhaps
-    headers, bytes a whole body. None: the connection is closed without an answer.
+    A string is what the model says, a dictionary the choice, a tuple an HTTP status with a message or a body and
+    perhaps headers, bytes a whole body. None: the connection is closed without an answer.
     """
 
     def __init__(self, script):
@@ -184,7 +186,7 @@ class Endpoint:
                 if isinstance(answer, tuple):
                     status, message, *more = answer
                     headers |= more[0] if more else {}
-                    answer = {"error": {"message": message}}
+                    answer = message if isinstance(message, bytes) else {"error": {"message": message}}
                 elif not isinstance(answer, bytes):
                     choice = {"message": {"content": answer}} if isinstance(answer, str) else answer
                     answer = {"choices": [choice]}
@@ -382,6 +384,53 @@ def test_an_answer_that_is_no_chat_completion_is_no_answer(endpoint, body):
     assert verdicts["q0"].value is None
     assert verdicts["q0"].reason.startswith("its answer is no chat completion: ")
     assert verdicts["q3"].reason == "the endpoint did not answer"
+
+
+HTML = b"<html><head><title>502 Bad Gateway</title></head>\n<body>nginx</body></html>"
+
+
+@pytest.mark.parametrize("status", [400, 502])
+def test_a_page_of_a_proxy_is_no_verdict_and_the_others_are_judged(endpoint, status):
+    page = (status, HTML, {"Content-Type": "text/html"})
+    server = endpoint(lambda text, n, request: page if text == "q1" else "Rating: 7")
+    verdicts = asked(server.judge(), questions(3))
+    assert [verdicts[f"q{i}"].value for i in range(3)] == [7, None, 7]
+    assert verdicts["q1"].reason.startswith(f"HTTP {status}: <html>") and verdicts["q1"].reply == ""
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json", "text/plain; charset=utf-16"])
+@pytest.mark.parametrize(
+    "body", [HTML, b"", b"\xff\xfe\x00", b'{"choices": [{"message": {"content": "Rating: 7"', b"null"]
+)
+def test_a_page_or_cut_json_in_place_of_an_answer_is_unjudged_whatever_it_calls_itself(endpoint, kind, body):
+    server = endpoint(lambda text, n, request: (200, body, {"Content-Type": kind}) if text == "q0" else "Rating: 7")
+    verdicts = asked(server.judge(tries=1), questions(2))
+    assert verdicts["q1"].value == 7
+    assert verdicts["q0"].value is None and verdicts["q0"].reason
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again_and_then_unjudged(endpoint):
+    half = (200, b'{"choices": [{"message": {"content": "Rating: 7"', {"Content-Length": "999"})
+    server = endpoint(lambda text, n, request: half if text == "q0" or n == 0 else "Rating: 7")
+    verdicts = asked(server.judge(tries=3), questions(2))
+    assert (verdicts["q0"].value, verdicts["q1"].value) == (None, 7)
+    assert verdicts["q0"].reason.startswith("no answer, 3 times: ") and len(server.requests) == 3 + 2
+
+
+@pytest.mark.parametrize("error", [{"message": "overloaded"}, "overloaded", {"code": 529, "type": "overloaded"}])
+def test_an_error_that_comes_as_a_success_says_why(endpoint, error):
+    server = endpoint(lambda *_: json.dumps({"error": error}).encode())
+    verdict = asked(server.judge(), [question("q")])["q"]
+    assert verdict.value is None and "overloaded" in verdict.reason
+
+
+def test_why_verdicts_are_missing_is_printed_the_most_frequent_reason_first(endpoint, tmp_path, capsys):
+    script = {"q0": (400, "too long"), "q1": (400, "too long"), "q2": "Well."}
+    judge = endpoint(lambda text, n, request: script.get(text, "Rating: 7")).judge()
+    values = evaluation.verdicts_of(judge, questions(4), "base", argparse.Namespace(folder=tmp_path))
+    assert values == {"q0": None, "q1": None, "q2": None, "q3": 7.0}
+    said = "base: 3 verdicts are missing (2x HTTP 400: too long; 1x no verdict in the reply)"
+    assert said in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])

@@ -473,6 +473,7 @@ def test_a_tracker_is_given_the_configuration_and_each_step_s_numbers(name, play
     service.__spec__ = importlib.machinery.ModuleSpec(name, None)
     service.init = lambda **given: said.append(given)
     service.log = lambda numbers, step: said.append((step, numbers))
+    service.login = lambda verify: True
     monkeypatch.setitem(sys.modules, name, service)
     pop.main([*played, "--tracker", name, "--output", str(tmp_path / "run")])
     start, *steps = said

@@ -3,7 +3,10 @@ grades stay in [0, 1], and no code that comes with a model or a corpus is run.""
 
 import ast
 import contextlib
+import csv
+import gzip
 import importlib.util
+import io
 import json
 import math
 import random
@@ -19,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import zstandard
 from conftest import byte_tokenizer, tiny_llm, tiny_model
 from hostile import HOSTILE
 from hypothesis import example, given, settings
@@ -38,6 +42,7 @@ from pop import Config, parse_args
 from rubric import Answer, Criterion, Episode
 
 ROOT = Path(__file__).resolve().parents[1]
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 # ------------------------------------------------------------------------------------------------- the prompts
 
@@ -512,7 +517,8 @@ def documents_of(folder: Path, suffix: str, content: bytes) -> list[Document]:
     return found
 
 
-suffixes = pytest.mark.parametrize("suffix", [".txt", ".md", ".jsonl", ".parquet", ".csv"])
+suffixes = pytest.mark.parametrize("suffix", [".txt", ".md", ".jsonl", ".json", ".parquet", ".csv", ".tsv"])
+packings = pytest.mark.parametrize("packed", PACK)
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | any_text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.just("text") | any_text, inner, max_size=3),
@@ -522,7 +528,9 @@ json_lines = st.lists(json_values | json_values.map(lambda value: {"text": value
 few = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 
 
-pieces = st.sampled_from([b"text", b"\n", b"\r", b",", b'"', b'{"text":', b"}", b"\0", b"\xff\xfe", b"PAR1", b"a b"])
+pieces = st.sampled_from(
+    [b"text", b"\n", b"\r", b",", b"\t", b'"', b'{"text":', b"}", b"[", b"]", b"\0", b"\xff\xfe", b"PAR1", b"a b"]
+)
 any_bytes = st.binary() | st.lists(pieces | st.binary(max_size=8), max_size=40).map(b"".join)
 
 
@@ -533,18 +541,46 @@ def test_a_file_of_any_bytes_yields_documents_or_a_user_error(folder, suffix, co
     documents_of(folder, suffix, content)
 
 
+@packings
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ".tsv"])
 @few
-@given(json_lines)
-@example([{"text": "half a pair \ud83d"}, {"text": {"text": "x"}}, ["text"], {}])
-def test_lines_of_any_json_yield_documents_or_a_user_error(folder, values):
-    documents_of(folder, ".jsonl", "\n".join(map(json.dumps, values)).encode())
+@given(content=any_bytes, cut=st.integers(0, 60) | st.none())
+def test_a_packed_file_of_any_bytes_whole_or_cut_yields_documents_or_a_user_error(folder, suffix, packed, content, cut):
+    head = {".csv": b"text,n\n", ".tsv": b"text\tn\n"}.get(suffix, b"")
+    documents_of(folder, suffix + packed, PACK[packed](head + content)[:cut])
+    documents_of(folder, suffix + packed, content)
 
 
+@packings
 @few
-@given(st.lists(st.lists(some_text, min_size=1, max_size=3), max_size=6))
-def test_a_table_of_any_cells_yields_documents_or_a_user_error(folder, rows):
-    lines = ["text,other", *(",".join(row) for row in rows)]
-    documents_of(folder, ".csv", "\n".join(lines).encode(errors="surrogatepass"))
+@given(values=json_lines)
+@example(values=[{"text": "half a pair \ud83d"}, {"text": {"text": "x"}}, ["text"], {}])
+def test_lines_or_a_list_of_any_json_yield_the_same_documents_or_a_user_error(folder, packed, values):
+    lines, whole = "\n".join(map(json.dumps, values)).encode(), json.dumps(values).encode()
+    of_lines = documents_of(folder, f".jsonl{packed}", PACK[packed](lines))
+    of_list = documents_of(folder, f".json{packed}", PACK[packed](whole))
+    assert {d.text for d in of_lines} == {d.text for d in of_list}
+
+
+@packings
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+@few
+@given(rows=st.lists(st.lists(some_text, min_size=1, max_size=3), max_size=6))
+def test_a_table_of_any_cells_yields_documents_or_a_user_error(folder, packed, suffix, separator, rows):
+    lines = [f"text{separator}other", *(separator.join(row) for row in rows)]
+    documents_of(folder, suffix + packed, PACK[packed]("\n".join(lines).encode(errors="surrogatepass")))
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+@few
+@given(cells=st.lists(st.tuples(some_text, some_text), max_size=6))
+def test_what_the_csv_module_writes_is_read_back_cell_by_cell(folder, suffix, separator, cells):
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=separator, quoting=csv.QUOTE_ALL).writerows([("other", "text"), *cells])
+    found = documents_of(folder, suffix, file.getvalue().encode(errors="surrogatepass"))
+    for document in found:
+        number = int(document.id.rpartition(":")[2])
+        assert cells[number - 1][1].removeprefix("\ufeff").startswith(document.text)
 
 
 @few
@@ -572,7 +608,8 @@ def test_a_line_of_five_megabytes_is_cut_like_any_other(folder, suffix, long):
     text = ("otter " * 900_000 if long == "words" else "kelp " + "o" * 5_400_000).strip()
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": [text]}), sink)
-    contents = {".jsonl": json.dumps({"text": text}), ".csv": f'text\n"{text}"\n'}
+    contents = dict.fromkeys((".jsonl", ".json"), json.dumps({"text": text}))
+    contents |= dict.fromkeys((".csv", ".tsv"), f'text\n"{text}"\n')
     content = sink.getvalue().to_pybytes() if suffix == ".parquet" else contents.get(suffix, text).encode()
     (document,) = documents_of(folder, suffix, content)
     assert document.text == " ".join(text.split()[:50])
@@ -580,8 +617,10 @@ def test_a_line_of_five_megabytes_is_cut_like_any_other(folder, suffix, long):
 
 @pytest.mark.parametrize("opening", ["[", '{"text":', '{"text":[', '[{"a":'])
 def test_json_nested_a_hundred_thousand_deep_is_a_row_without_text(folder, opening):
-    good = '{"text": "an otter"}\n'
-    assert [d.text for d in documents_of(folder, ".jsonl", (good + opening * 100_000 + "\n").encode())] == ["an otter"]
+    content = '{"text": "an otter"}\n' + opening * 100_000 + "\n"
+    for suffix in (".jsonl", ".json"):
+        assert [d.text for d in documents_of(folder, suffix, content.encode())] == ["an otter"]
+    assert documents_of(folder, ".json", b"[" + content.encode()) == []
 
 
 # ------------------------------------------------------------------------------------------ code of other people
