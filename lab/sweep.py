@@ -1,5 +1,7 @@
 """Arms of an experiment, one after another on the one GPU: `python -m lab.sweep FILE`, resumable, ends in a table.
 
+With --table it makes the table of the arms that are finished, also while another process is at work on the rest.
+
 FILE has a line `name: flags` for each arm, flags of pop.py; `all: flags` come before those of every arm, and `{name}`
 in flags is the run folder of an earlier arm with the same seed, whose problems an arm may replay:
 
@@ -14,7 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from benchmarks import results
 from config import check_changes, parse_args, stored_config
 from data import UserError, brief
 from engine import checkpoint, stats
+from eval import slug
 from lab import curves, report
 
 
@@ -89,36 +92,55 @@ def call(*command: str) -> None:
         raise UserError(f"stopped: {shlex.join(command)} ended with {process.returncode}; the same command goes on")
 
 
-def measure(runs: Iterable[Path], folder: Path, documents: int) -> list[dict[str, Any]]:
-    """The numbers of each run: training reward and, on unseen documents, differences to the base model."""
-    numbers = []
+Numbers = dict[str, dict[str, Any]]  # of a run: the name of each -> value, low, high
+
+
+def measure(runs: Sequence[Path], folder: Path, documents: int, judge: str | None = None) -> list[Numbers]:
+    """The numbers of each run: training reward and, on unseen documents, differences to the base model; with another
+    judge than that its win rate over the base model's answers, too."""
+    numbers: list[Numbers] = []
     for run in runs:
         rewards = [reward for _, reward in curves.points(report.Run(run).metrics, "reward_mean")]
         last = stats.mean(rewards[-max(1, len(rewards) // 4) :])
         numbers.append({"training reward": {"value": last, "low": None, "high": None}})
-    if documents > 0:
-        call("eval.py", "heldout", "--adapter", *map(str, runs), "--limit", str(documents), "--output", str(folder))
-        result = json.loads((folder / "results-base.json").read_text(encoding="utf-8"))
-        _, *measured = result["models"].values()  # the base comes first
-        for row, found in zip(numbers, measured, strict=True):
-            row["tokens"] = {"value": found["mean_tokens"], "low": None, "high": None}
-            row |= {f"{name} - base": found["difference"][name] for name in ("grade", "reward", "similarity")}
+    if documents > 0 and runs:
+        more = ["--judge", judge] if judge else []
+        asked = ["--adapter", *map(str, runs), "--limit", str(documents), "--output", str(folder), *more]
+        call("eval.py", "heldout", *asked)
+        found = json.loads((folder / f"results-{slug(judge or 'base')}.json").read_text(encoding="utf-8"))
+        _, *measured = found["models"].values()  # the base comes first
+        for row, model in zip(numbers, measured, strict=True):
+            row["tokens"] = {"value": model["mean_tokens"], "low": None, "high": None}
+            wins = {"win_rate", "length_controlled"}
+            row |= {f"{name} - base": d for name, d in model["difference"].items() if name not in wins}
+            row |= {name: each for name, each in model["metrics"].items() if name in wins and judge}
     return numbers
 
 
-def table(arms: Iterable[str], seeds: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """The numbers of each arm by seed -> a table: of one seed with intervals over prompts, of several over seeds."""
-    rows = [["arm", "seeds", *seeds[0][0]]]
-    for name, *numbers in zip(arms, *seeds, strict=True):
+def table(arms: Mapping[str, Sequence[Numbers]]) -> str:
+    """arm -> the numbers of each of its seeds, as a table: of one seed with intervals over prompts, of several over
+    seeds."""
+    columns = list(dict.fromkeys(column for seeds in arms.values() for row in seeds for column in row))
+    rows = [["arm", "seeds", *columns]]
+    for name, seeds in arms.items():
         row = [name, str(len(seeds))]
-        for column in seeds[0][0]:
-            shown, *others = [each[column] for each in numbers]
+        for column in columns:
+            shown, *others = [each.get(column, {"value": None}) for each in seeds]
             if others:
                 over = stats.t_interval([e["value"] for e in (shown, *others) if e["value"] is not None])
                 shown = {**over, "value": over["mean"]}
             row.append(results.estimate(shown, "+" if column.endswith("base") else ""))
         rows.append(row)
     return stats.aligned(rows)
+
+
+def train(made: Mapping[int, Mapping[Path, list[str]]]) -> None:
+    """All arms with all seeds that are not finished, each from where it stopped."""
+    for runs in made.values():
+        for run, flags in runs.items():
+            print(f"== {run}: {'done' if (done := finished(run)) else shlex.join(flags)}", flush=True)
+            if not done:
+                call("pop.py", *(["--resume", str(run)] if (run / "config.json").exists() else flags))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -128,18 +150,27 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, help="default: runs/sweep-NAME-OF-FILE")
     parser.add_argument("--heldout", type=int, default=32, metavar="N", help="unseen documents to measure on; 0: none")
+    parser.add_argument("--judge", metavar="MODEL", help="of the measurements; default: the base model")
+    parser.add_argument("--table", action="store_true", help="train nothing: table and report of the finished arms")
     args = parser.parse_args(argv)
     arms = read_arms(args.file)
     output = args.output or Path("runs") / f"sweep-{args.file.stem}"
     made = {seed: commands(arms, seed, output) for seed in args.seeds}
-    for runs in made.values():
-        for run, flags in runs.items():
-            print(f"== {run}: {'done' if (done := finished(run)) else shlex.join(flags)}", flush=True)
-            if not done:
-                call("pop.py", *(["--resume", str(run)] if (run / "config.json").exists() else flags))
-    shown = table(arms, [measure(runs, output / f"heldout-{seed}", args.heldout) for seed, runs in made.items()])
+    if not args.table:
+        with checkpoint.locked(output):
+            train(made)
+    found: dict[str, list[Numbers]] = {}
+    for seed, runs in made.items():
+        ready = {run: name for run, name in zip(runs, arms, strict=True) if finished(run)}
+        for name, numbers in zip(
+            ready.values(), measure(list(ready), output / f"heldout-{seed}", args.heldout, args.judge), strict=True
+        ):
+            found.setdefault(name, []).append(numbers)
+    if not found:
+        raise UserError(f"{output}: no arm is finished yet")
+    shown = table(found)
     (output / "table.md").write_text(shown + "\n", encoding="utf-8")
-    page = report.write([run for runs in made.values() for run in runs], output / "report.html")
+    page = report.write([run for runs in made.values() for run in runs if finished(run)], output / "report.html")
     print(f"\n{shown}\n\ntable in {output / 'table.md'}, all runs side by side in {page}")
 
 

@@ -56,13 +56,15 @@ def calls(monkeypatch):
             folder = sweep.Path(command[command.index("--output") + 1])
             folder.mkdir(parents=True, exist_ok=True)
             runs = command[command.index("--adapter") + 1 : command.index("--limit")]
-            metrics, length = ("grade", "reward", "similarity"), 20.0
+            metrics, length = ("grade", "reward", "similarity", "reference_logp", "win_rate"), 20.0
+            judge = command[command.index("--judge") + 1].replace("/", "-") if "--judge" in command else "base"
             models = {"base": {"mean_tokens": 10.0, "difference": {}}}
             for k, run in enumerate(runs, 1):
                 shift = k / 10 + int(run[-1])  # of the arm and its seed
                 difference = {m: {"value": shift, "low": shift - 1, "high": shift + 1} for m in metrics}
-                models[run] = {"mean_tokens": length * k, "difference": difference}
-            (folder / "results-base.json").write_text(json.dumps({"models": models}))
+                wins = {"win_rate": {"value": 0.5 + k / 10, "low": None, "high": None}}
+                models[run] = {"mean_tokens": length * k, "difference": difference, "metrics": wins}
+            (folder / f"results-{judge}.json").write_text(json.dumps({"models": models}))
 
     call.stop = lambda run: False
     monkeypatch.setattr(sweep, "call", call)
@@ -213,6 +215,7 @@ def test_the_table_over_one_seed_has_the_intervals_of_the_evaluation(file, tmp_p
         "grade - base": "+0.200 [-0.800, +1.200]",
         "reward - base": "+0.200 [-0.800, +1.200]",
         "similarity - base": "+0.200 [-0.800, +1.200]",
+        "reference_logp - base": "+0.200 [-0.800, +1.200]",
     }
     assert "\n".join(lines) in capsys.readouterr().out
 
@@ -225,7 +228,32 @@ def test_a_sweep_leaves_a_report_of_all_runs_side_by_side(file, tmp_path, calls,
 
 
 def test_the_table_over_several_seeds_has_means_and_intervals_over_them():
-    each = [[{"grade - base": {"value": v, "low": 0.0, "high": 9.0}}] for v in (0.1, 0.2, 0.6)]
+    each = [{"grade - base": {"value": v, "low": 0.0, "high": 9.0}} for v in (0.1, 0.2, 0.6)]
     half = 4.302653 * math.sqrt(((0.2) ** 2 + 0.1**2 + 0.3**2) / 2) / math.sqrt(3)  # Student's t, 2 degrees of freedom
-    row = sweep.table(["a"], each).splitlines()[2]
+    row = sweep.table({"a": each}).splitlines()[2]
     assert f"+0.300 [{0.3 - half:+.3f}, {0.3 + half:+.3f}]" in row and "| 3 " in row
+
+
+def test_another_judge_is_handed_on_and_adds_the_win_rate(file, tmp_path, calls):
+    sweep.main([str(file), "--output", str(tmp_path / "out"), "--judge", "other/judge"])
+    (evaluated,) = [command for command in calls.made if command[0] == "eval.py"]
+    assert evaluated[-2:] == ["--judge", "other/judge"]
+    head, _, written, random = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert "| win_rate |" in head and "| 0.600 " in written and "| 0.700 " in random
+
+
+def test_a_table_of_what_is_finished_can_be_had_while_the_sweep_is_at_work(file, tmp_path, calls):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no arm is finished yet"):
+        sweep.main([str(file), "--output", str(out), "--table"])
+    calls.stop = lambda run: "random" in run.name
+    with pytest.raises(UserError, match="stopped"):
+        sweep.main([str(file), "--output", str(out)])
+    calls.made.clear()
+    with sweep.checkpoint.locked(out):  # as the process that trains has it
+        sweep.main([str(file), "--output", str(out), "--table"])
+        assert [command[0] for command in calls.made] == ["eval.py"]
+        rows = (out / "table.md").read_text().splitlines()
+        assert len(rows) == 3 and "written" in rows[2]
+        with pytest.raises(UserError, match=f"another process is at work in {out}"):
+            sweep.main([str(file), "--output", str(out)])
