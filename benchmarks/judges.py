@@ -114,12 +114,11 @@ class EndpointJudge:
         self._create: Any = client.chat.completions.create  # here, as it imports what threads should not at once
         self._errors = (openai.APIError, ValueError)
         self._refused: set[str] = set()  # parameters that the endpoint does not take
-        self._silent = 0  # questions in a row that got no answer
         self._lock = threading.Lock()
 
     def ask(self, questions: Sequence[Question], keep: Callable[[list[Verdict]], None]) -> None:
         """Hand each verdict to `keep`, in this thread, as it comes. Raises UserError where all would get the same."""
-        self._silent = 0
+        self._silent = 0  # questions in a row that got no answer
         with ThreadPool(self.workers) as pool:  # its threads are daemons: Ctrl-C does not wait for their timeouts
             for verdict in pool.imap_unordered(self._verdict, questions):
                 keep([verdict])

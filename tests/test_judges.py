@@ -368,6 +368,26 @@ def test_with_several_workers_only_what_is_under_way_goes_on_after_giving_up(end
     assert len({r["messages"][0]["content"] for r in server.requests}) <= 3 + 4
 
 
+def test_an_answer_that_was_under_way_does_not_take_back_the_giving_up(endpoint, monkeypatch):
+    judge = endpoint(good).judge(workers=1, give_up=1)
+    complete = judge._complete
+
+    def meanwhile_another_fails(*given):
+        judge._count(False, "silence")
+        return complete(*given)
+
+    monkeypatch.setattr(judge, "_complete", meanwhile_another_fails)
+    verdicts = asked(judge, questions(2))
+    assert (verdicts["q0"].value, verdicts["q1"].reason) == (7, "the endpoint did not answer")
+
+
+def test_an_endpoint_that_was_given_up_is_asked_the_next_questions(endpoint):
+    server = endpoint(lambda text, n, request: None if text == "q0" else "Rating: 7")
+    judge = server.judge(workers=1, tries=1, give_up=1)
+    assert asked(judge, questions(2))["q1"].reason == "the endpoint did not answer"
+    assert asked(judge, [question("q1")])["q1"].value == 7
+
+
 @pytest.mark.parametrize("answer", ["Rating: 7", "Well.", (400, "no")])
 def test_only_failures_in_a_row_count(endpoint, answer):
     server = endpoint(lambda text, n, request: answer if text in ("q2", "q5", "q8") else None)
