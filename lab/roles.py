@@ -22,9 +22,10 @@ import model
 import pop
 import rubric
 from config import Config, parse_args
-from data import HUB_CORPORA, Document, Episode, UserError
+from data import HUB_CORPORA, Document, Episode, UserError, alive
 from engine import sources
 from engine.text import content_words
+from lab import judging
 
 
 def measure(args: argparse.Namespace, flags: Sequence[str]) -> None:
@@ -44,6 +45,8 @@ def measure(args: argparse.Namespace, flags: Sequence[str]) -> None:
         print(f"\n== {task}: {len(episodes)} documents, {seconds:.0f} s; all texts in {path}")
         for name, value in numbers(episodes, above).items():
             print(f"{name:48} {value}", flush=True)
+        if len(usable := alive(episodes)) > 1:
+            print(judging.table({cfg.judge: judging.seen(llm, usable, cfg.judge, cfg)}), flush=True)
 
 
 def play(llm: model.LLM, documents: list[Document], cfg: Config, path: Path) -> tuple[list[Episode], list[bool]]:
@@ -52,11 +55,11 @@ def play(llm: model.LLM, documents: list[Document], cfg: Config, path: Path) -> 
     episodes = rubric.propose(llm, documents, cfg, random.Random(cfg.seed))
     path.write_text(data.json_lines(episodes), encoding="utf-8")
     for phase in (rubric.solve, rubric.write_rubrics, rubric.judge):
-        phase(llm, pop.alive(episodes), cfg)
+        phase(llm, alive(episodes), cfg)
         path.write_text(data.json_lines(episodes), encoding="utf-8")
-    graded = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in pop.alive(episodes)]
-    rubric.check_rubrics(llm, pop.alive(episodes), cfg)
-    for e in pop.alive(episodes):
+    graded = [[rubric.grade(a.ratings, e.rubric) for a in e.controls if a.ratings] for e in alive(episodes)]
+    rubric.check_rubrics(llm, alive(episodes), cfg)
+    for e in alive(episodes):
         for a in e.answers:
             rubric.reward(a, e, cfg)
     path.write_text(data.json_lines(episodes), encoding="utf-8")
