@@ -222,7 +222,7 @@ def files_below(root: Path) -> tuple[list[Path], int]:
 def open_table(path: Path, field: str) -> "datasets.Dataset":
     """The `table_rows`, kept in the cache of `datasets` and memory-mapped. Raises UserError, naming the file and where
     possible the row, if the table cannot be read, and if the cache cannot be written."""
-    import datasets  # as for a stream
+    import datasets  # here, since it takes a second
 
     datasets.disable_progress_bars()
     features = datasets.Features(text=datasets.Value("large_binary"), reason=datasets.Value("string"))
