@@ -57,7 +57,8 @@ class Config:
     task: Literal["instructions", "health", "writing"] = "instructions"
     """What problems are about and how the roles are told so, and the corpus if none is named."""
     corpus: str = ""
-    """samples, heldout, a file or folder (.txt .md .jsonl .parquet .csv) or a hub dataset; empty: the task's own."""
+    """samples, heldout, a file or folder (.txt .md .jsonl .json .parquet .csv .tsv, tables also as .gz or .zst), or a
+    hub dataset; empty: the task's own."""
     corpus_config: str | None = None
     """The configuration (subset) of a hub dataset."""
     corpus_split: str = "train"

@@ -34,6 +34,7 @@ from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
 from config import PRESETS, TASKS, Config, pick_preset, stored_config
 from data import HUB_CORPORA, UserError, read_episodes, read_lines
 from engine import audit, checkpoint, heldout, loading, runlog, sources
+from engine.signals import survive_closed_output
 from model import LLM, Completion
 
 AGAIN = "the same command"  # goes on where an evaluation ended
@@ -245,9 +246,9 @@ def check(args: argparse.Namespace, adapters: Sequence[Adapter]) -> None:
         raise UserError("winrate compares an adapter with the base model: give --adapter RUN, or --against")
     if args.against and args.data:
         raise UserError(f"--data {args.data}: --against {args.against} has prompts of its own")
-    if args.judge_url and not args.judge:
+    if getattr(args, "judge_url", None) and not args.judge:
         raise UserError("--judge-url needs --judge NAME, the model that the endpoint is to use")
-    for flag, value in (("limit", args.limit), ("max-new-tokens", args.max_new_tokens)):
+    for flag, value in (("limit", getattr(args, "limit", None)), ("max-new-tokens", args.max_new_tokens)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: must be 1 or more")
     if not 0 <= args.temperature < math.inf:
@@ -259,10 +260,7 @@ def make_folder(args: argparse.Namespace) -> Path:
     bench = "-".join(filter(None, (args.bench, args.against)))
     path = Path(args.output or f"runs/eval-{bench}-{slug(Path(args.model).name)}-{args.load_in}")
     names = ["bench", "model", "load_in", "max_new_tokens", "temperature"]
-    settings = {name: getattr(args, name) for name in names} | {
-        "seed": args.config.seed,
-        "data": args.against or args.data,
-    }
+    settings = {name: getattr(args, name) for name in names} | {"seed": args.config.seed, "data": args.data}
     if args.bench == "heldout":
         settings |= {name: getattr(args.config, name) for name in ("task", "corpus", "min_words", "max_words")}
     try:
@@ -284,7 +282,8 @@ def sampling(args: argparse.Namespace) -> str:
 
 def run_chat(args: argparse.Namespace) -> None:
     """Talk to the base model and to an adapter side by side."""
-    (adapter,) = settle(args)
+    check(args, adapters := settle(args))
+    (adapter,) = adapters
     args.max_new_tokens = args.max_new_tokens or 512
     llm = load_model(args.model, args.config)
     llm.take_adapter(adapter.folder)
@@ -386,6 +385,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> None:
+    survive_closed_output()
     args = parser().parse_args(argv)
     args.run(args)
 

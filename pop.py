@@ -275,7 +275,8 @@ def update(llm: LLM, state: State, episodes: Sequence[Episode], cfg: Config) -> 
                 state.progress["nonfinite"] += 1
             state.optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(a.ids) for a in everything)
-    metrics = {"skipped_updates": 0, **sums, "grad_norm": norm, "trained_tokens": tokens}
+    counts = {"skipped_updates": 0, "groups_trained": len(groups), "trained_tokens": tokens}
+    metrics = {**counts, **sums, "grad_norm": norm}
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 

@@ -199,7 +199,7 @@ class EndpointJudge:
 def message_of(error: Any) -> str:
     """What a server said of an error, in whatever form."""
     message = error.body.get("message") if isinstance(error.body, dict) else None
-    return str(message or error.body or "no reason given")
+    return " ".join(str(message or error.body or "no reason given").split())
 
 
 def refused_parameter(error: Exception) -> str:

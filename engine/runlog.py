@@ -100,7 +100,7 @@ def metrics(
         "reward_spread": mean([group_std(e) for e in graded]),
         "grade_mean": mean([a.grade or 0.0 for a in answers]),
         "zero_spread_share": zero / len(graded) if graded else None,
-        "groups_trained": len(alive(episodes)),
+        "groups_trained": trained.get("groups_trained", 0),
         "drops": Counter(e.drop for e in episodes if e.drop),
         "rejected": Counter(f"{f['role']}/{f['reason']}" for e in episodes for f in e.failures),
         "documents_skipped": corpus.skipped,

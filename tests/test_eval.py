@@ -577,3 +577,10 @@ def test_a_metric_s_interval_is_that_of_stats():
     found = results.summary(measured("m", clip=(0.0, 1.0)), answers, scores)["models"]["base"]["metrics"]["m"]
     expected = stats.interval(np.array([[[i % 3, 2]] for i in range(30)], float), (0.0, 1.0))
     assert found == {"value": expected.value, "low": expected.low, "high": expected.high, "n": 30}
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--temperature", "nan"), ("--max-new-tokens", "0")])
+def test_a_chat_that_cannot_be_is_refused_before_the_model_is_loaded(tiny, run, flag, value):
+    with pytest.raises(UserError, match=f"{flag} {value}: must be"):
+        evaluation.main(["chat", "--model", "tiny", "--load-in", "fp32", "--adapter", str(run), flag, value])
+    assert not tiny.loads

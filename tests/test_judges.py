@@ -416,6 +416,7 @@ def test_a_page_of_a_proxy_is_no_verdict_and_the_others_are_judged(endpoint, sta
     verdicts = asked(server.judge(), questions(3))
     assert [verdicts[f"q{i}"].value for i in range(3)] == [7, None, 7]
     assert verdicts["q1"].reason.startswith(f"HTTP {status}: <html>") and verdicts["q1"].reply == ""
+    assert "\n" not in verdicts["q1"].reason
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/json", "text/plain; charset=utf-16"])
