@@ -8,7 +8,6 @@ import bisect
 import contextlib
 import functools
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessorList
 
 from data import UserError
 from engine import fast, loading
@@ -95,9 +93,6 @@ class LLM:
         pad, known = self.tokenizer.pad_token_id, self.model.get_input_embeddings().num_embeddings
         self.pad_id = self.eos_ids[0] if pad is None or pad >= known else pad  # some name one that the model lacks
         loading.prepare(self.model, self.recompute)
-        # generate() fills what a call leaves open from here: repositories ship top_p, top_k, repetition_penalty.
-        ends = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
-        self.model.get_base_model().generation_config = ends
         self.model.eval()
         loading.check_exact(self)
 
@@ -126,11 +121,9 @@ class LLM:
 
     # ---- adapters, training and inference
 
-    @contextlib.contextmanager
-    def adapters_off(self) -> Iterator[None]:
+    def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model is the untouched base model."""
-        with self.model.disable_adapter():
-            yield
+        return self.model.disable_adapter()
 
     def take_adapter(self, folder: Path) -> None:
         """Put a saved adapter, such as a run's `adapter/`, in the place of the present one; it is not to be trained on.
@@ -253,20 +246,19 @@ class LLM:
         if not choices:
             return self.text_ids(label), []
         full = [self.text_ids(label + choice) for choice in choices]
-        shared = list(os.path.commonprefix(full))  # noqa: RUF071 (it compares any sequences)
-        shared = shared[: min(map(len, full)) - 1]
-        return shared, [ids[len(shared) :] for ids in full]
+        shared = fast.common_prefix(full)
+        return full[0][:shared], [ids[shared:] for ids in full]
 
-    def choice_ids(self, label: str, choices: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of the label, and the one id by which each choice goes on after it.
+    def choice_ids(self, choices: Sequence[str]) -> list[int]:
+        """The id of the first token of each choice, for `choice_probs`.
 
-        Raises ValueError if two choices go on with the same token.
+        Raises ValueError if two choices begin with the same token.
         """
-        label_ids, rest = self.continuations(label, choices)
-        following = [ids[0] for ids in rest]
-        if len(set(following)) < len(choices):
-            raise ValueError(f"choices {choices} do not differ in the token after {label!r}")
-        return label_ids, following
+        _, rest = self.continuations("", choices)
+        first = [ids[0] for ids in rest]
+        if len(set(first)) < len(choices):
+            raise ValueError(f"choices {choices} do not differ in their first token")
+        return first
 
     def reply_ids(self, replies: Sequence[str]) -> list[set[int]]:
         """The tokens that each reply, such as a digit, is written with: `2` by itself, and `2` with a space before it.
@@ -326,46 +318,23 @@ class LLM:
         prompt and max_new_tokens exceed the model's context, or one of them memory.
         """
         prompts = [prompt + self._thought_end for prompt in prompts] if templates else prompts
-        for prompt in prompts:
-            self.check_length(len(prompt) + max_new_tokens)
         rows = [prompt for prompt in prompts for _ in range(n)]
-        groups = [members for members, _ in fast.shared_prefixes(rows)]
         done: dict[int, Completion] = {}
 
-        @torch.no_grad()
         def work(batch: list[int]) -> None:
             bar.update(len(done) * max_new_tokens - bar.n)
             watcher = [Watcher(self, watch, len(batch))] if watch else []
             filler = [TemplateFiller(self, [templates[i] for i in batch])] if templates else []
+            how = dict(temperature=temperature, processors=[*watcher, *filler], progress=bar.update)
             with self.inference():
                 ids, mask, cache = prefill(self, [rows[i] for i in batch], max_new_tokens)
-
-                def loop(model: Any, input_ids: torch.Tensor, logits_processor: Any, **_: Any) -> torch.Tensor:
-                    processors = [*watcher, *logits_processor]  # the watcher first: it sees the model's own logits
-                    how = dict(sample=temperature > 0, processors=processors, progress=bar.update)
-                    return fast.decode(self, input_ids, mask, cache, max_new_tokens, self.eos_ids, **how)
-
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=self._generation_config(max_new_tokens, temperature),
-                    logits_processor=LogitsProcessorList(filler),
-                    custom_generate=loop,
-                )
+                output = fast.decode(self, ids, mask, cache, max_new_tokens, self.eos_ids, **how)
             watched = watcher[0].probs() if watcher else [[]] * len(batch)
             done.update(zip(batch, map(self._cut, output.tolist(), watched), strict=True))
 
         with tqdm(total=len(rows) * max_new_tokens, desc=desc, unit="tok", leave=False) as bar:
-            in_batches(self, desc, groups, [len(row) + max_new_tokens for row in rows], work)
+            in_batches(self, desc, rows, max_new_tokens, work)
         return [[done[i * n + k] for k in range(n)] for i in range(len(prompts))]
-
-    def _generation_config(self, max_new_tokens: int, temperature: float) -> GenerationConfig:
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:  # every setting that bends the distribution is named, or a default could leak in
-            sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
-        return GenerationConfig(
-            **sampling, max_new_tokens=max_new_tokens, eos_token_id=self.eos_ids, pad_token_id=self.pad_id
-        )
 
     def _cut(self, ids: list[int], watched: Sequence[list[float]] = ()) -> Completion:
         """Cut after the first end token, found by its position: the pad id is often the end id too."""
@@ -381,9 +350,6 @@ class LLM:
         a row exceeds the model's context or memory.
         """
         rows = [row + self._thought_end for row in rows]
-        for row in rows:
-            self.check_length(len(row))
-        groups = [members for members, _ in fast.shared_prefixes(rows)]
         results = torch.empty(len(rows), len(choices))
         wanted = torch.tensor(choices, device=self.device)
 
@@ -396,7 +362,7 @@ class LLM:
             bar.update(len(batch))
 
         with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar:
-            in_batches(self, desc, groups, [len(row) for row in rows], work)
+            in_batches(self, desc, rows, 0, work)
         return results
 
     # ---- log-probabilities
@@ -409,8 +375,7 @@ class LLM:
         if mask is None and self.dtype == torch.float32 and self.device.type != "cpu":
             # Without a mask transformers leaves heads that share keys to the kernel, and in fp32 the only one on a GPU
             # that can do it holds all scores in memory.
-            every = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=self.device)
-            mask = fast.additive(every.tril(), self.dtype)
+            mask = fast.additive(fast.visible(torch.ones_like(ids[:1]), 0), self.dtype)
         decoder = self.model.get_base_model().get_decoder()
         return decoder(
             input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=cache is not None

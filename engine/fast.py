@@ -5,6 +5,7 @@ Shape letters as in model.py: B rows, P prompt tokens, T tokens of a row, D hidd
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import sys
@@ -28,37 +29,35 @@ def lora_layers(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer with its adapter, W x + s B A x: scaled and added inside one product, where peft takes three
-    passes over the output."""
-    y = layer.base_layer(x)
-    if layer.disable_adapters:
-        return y
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+def adapted(base: Linear, a: torch.Tensor, b: torch.Tensor, scale: float, add: Linear, x: torch.Tensor) -> torch.Tensor:
+    """base(x) + scale B A x: scaled and added inside one product, where peft takes three passes over the output.
+
+    add: torch.addmm or, in place and without gradients, torch.Tensor.addmm_.
+    """
+    y = base(x)
     low = F.linear(x.reshape(-1, x.shape[-1]), a)  # (B T, r)
-    return torch.addmm(y.view(-1, y.shape[-1]), low, b.t(), alpha=layer.scaling["default"]).view_as(y)
+    return add(y.view(-1, y.shape[-1]), low, b.t(), alpha=scale).view_as(y)
 
 
-def adapted(base: Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> Linear:
-    """x -> base(x) + scale B A x, added in place: for use without gradients."""
+def lora_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The weights A (r, inputs) and B (outputs, r) of a layer's adapter, and its scale."""
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        y = base(x)
-        low = F.linear(x.reshape(-1, x.shape[-1]), a)  # (B T, r)
-        y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scale)
-        return y
 
-    return forward
+def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What peft's own forward of a LoRA layer computes, with gradients."""
+    if layer.disable_adapters:
+        return layer.base_layer(x)
+    return adapted(layer.base_layer, *lora_of(layer), torch.addmm, x)
 
 
 def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """A copy of the weight of a linear layer as numbers, (outputs, inputs)."""
-    from bitsandbytes import functional, nn
+    from bitsandbytes import functional
 
-    weight: Any = layer.weight
-    if isinstance(layer, nn.Linear4bit):
-        return functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return weight.data.to(dtype, copy=True)
+    if state := getattr(layer.weight, "quant_state", None):
+        return functional.dequantize_4bit(layer.weight.data, state).to(dtype)
+    return layer.weight.data.to(dtype, copy=True)
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -74,10 +73,8 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 def large_blocks_apart() -> Iterator[None]:
     """Inside, blocks over 1 MiB come from the system and not from glibc's heap: among copies that stay, those that are
     freed would leave holes there that the next does not fit, with a 0.5B model 40% of its weights."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
+    glibc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(glibc, "mallopt", lambda option, value: None)
     threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     mallopt(threshold, 2**20)
     try:
@@ -92,44 +89,39 @@ def large_blocks_apart() -> Iterator[None]:
 def prepared_forwards(model: Any, dtype: torch.dtype, with_adapters: bool, dequantize: bool) -> dict[Any, Linear]:
     """module -> the forward it may be given where no gradients are needed; no weight of the model changes.
 
-    In 16 bits the fp32 adapters are rounded once, not at each use, and stay products of their own: added to weights of
-    4 or 16 bits they would be lost in the rounding. dequantize: from a dequantized copy of the weights; in fp32 the
-    adapter is added to that copy.
+    dequantize: from a dequantized copy of the weights; in fp32 the adapter is added to that copy. In 16 bits adapters
+    are rounded once, not at each use, and stay products of their own: added to the weights, they would be lost in
+    rounding.
     """
+    fold = with_adapters and dequantize and dtype == torch.float32
     forwards: dict[Any, Linear] = {}
     for layer in lora_layers(model):
-        base = layer.base_layer
-        forward: Linear = base.forward
-        a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        forward, (a, b, scale) = layer.base_layer.forward, lora_of(layer)
         if dequantize:
-            weight = dequantized(base, dtype)
-            if fold := with_adapters and dtype == torch.float32:
-                weight.addmm_(b, a, alpha=scale)
-            forward = forwards[layer if fold else base] = linear(weight, base.bias)
+            weight = dequantized(layer.base_layer, dtype)
             if fold:
-                continue
-        if with_adapters:
-            forwards[layer] = adapted(forward, a.to(dtype), b.to(dtype), scale)
-    head = model.get_output_embeddings()
+                weight.addmm_(b, a, alpha=scale)
+            forward = linear(weight, layer.base_layer.bias)
+        if with_adapters and not fold:
+            forward = functools.partial(adapted, forward, a.to(dtype), b.to(dtype), scale, torch.Tensor.addmm_)
+        forwards[layer] = forward
     if dequantize and dtype == torch.float32:
-        forwards[head] = linear(head.weight.data, getattr(head, "bias", None))
+        head = model.get_output_embeddings()
+        forwards[head] = linear(head.weight.data, head.bias)
     return forwards
 
 
 @contextlib.contextmanager
 def replaced(forwards: dict[Any, Linear]) -> Iterator[None]:
     """Inside, the modules compute by these forwards."""
-    own = {module: vars(module).get("forward") for module in forwards}
+    own = {module: module.forward for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
         for module, forward in own.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+            module.forward = forward
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -169,25 +161,20 @@ class Reserved(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old = self.get_seq_length()
-        new = old + key_states.shape[2]
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            if self.column is None:
-                store[:, :, old:new] = states
-            else:
-                store.index_copy_(2, self.column, states)
         if self.column is None:
-            self.set_length(new)
+            old = self.get_seq_length()
+            self.set_length(old + key_states.shape[2])
+            self.keys[:, :, old:], self.values[:, :, old:] = key_states, value_states
+        else:
+            for store, states in zip(self.stores, (key_states, value_states), strict=True):
+                store.index_copy_(2, self.column, states)
         return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
 
     def part(self, rows: slice) -> "Reserved":
         """Some rows alone, in the same memory."""
-        part = Reserved(self.rows, self.length)
-        if self.is_initialized:
-            part.stores, part.is_initialized = [store[rows] for store in self.stores], True
+        part = copy.copy(self)
+        part.stores = [store[rows] for store in self.stores]
+        if part.is_initialized:
             part.set_length(self.get_seq_length())
         return part
 
@@ -335,7 +322,7 @@ class FixedStep:
             layer.column = self.column
             layer.set_length(layer.length)
         self.graph: Any = None
-        self.warm = False
+        self.calls = 0
 
     def __call__(self, ids: torch.Tensor, at: torch.Tensor, column: int) -> torch.Tensor:
         """Tokens and their positions, each (B, 1), written at `column` of the cache -> logits (B, V)."""
@@ -343,16 +330,15 @@ class FixedStep:
         self.at.copy_(at)
         self.column.fill_(column)
         self.mask[..., column] = 0
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.warm and ids.device.type == "cuda":
+        self.calls += 1
+        if self.calls == 2 and ids.device.type == "cuda":
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self.forward()
-            self.graph.replay()
-        else:
+        if self.graph is None:
             self.logits = self.forward()
-        self.warm = True
+        else:
+            self.graph.replay()
         return self.logits
 
     def forward(self) -> torch.Tensor:
@@ -374,17 +360,16 @@ def decode(
     new: int,
     ends: Sequence[int],
     *,
-    sample: bool = False,
+    temperature: float = 0.0,
     processors: Sequence[Any] = (),
     progress: Callable[[int], Any] = lambda tokens: None,
 ) -> torch.Tensor:
-    """The decoding loop within `generate`: prompts (B, P) -> the up to `new` tokens written after each, up to one of
-    `ends` and then padded, (B, new).
+    """Prompts (B, P), prefilled -> the up to `new` tokens written after each, up to one of `ends` and then padded,
+    (B, new). They are drawn from softmax(scores / temperature), at 0 they are the likeliest.
 
     mask: (B, P), 0 on padding. The cache holds all but the last token of the prompts and has room for what comes. Once
-    a quarter of the rows is finished they leave the batch. sample: tokens are drawn from softmax(scores), else they are
-    the likeliest. Processors change or watch the scores, given the last tokens (B, 1) and scores (B, V), and are told
-    by keep(rows), if they have it, which rows stay. progress: called with the tokens of each step.
+    a quarter of the rows is finished they leave the batch. Processors change or watch the scores, given the last tokens
+    (B, 1) and scores (B, V), and are told by keep(rows) which rows stay. progress: called with the tokens of each step.
     """
     rows, prompt = ids.shape
     output = ids.new_full((rows, new), llm.pad_id)
@@ -402,7 +387,9 @@ def decode(
         scores = logits.float()
         for processor in processors:
             scores = processor(last, scores)
-        tokens = draw(scores) if sample else scores.argmax(-1)
+        if temperature:
+            scores = scores / temperature
+        tokens = draw(scores) if temperature else scores.argmax(-1)
         tokens = tokens.masked_fill(done, llm.pad_id)
         output[present, length - prompt] = tokens
         done |= torch.isin(tokens, stop)
@@ -418,8 +405,7 @@ def decode(
             cache = reserve(cache, left, prompt + new)
             present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
             for processor in processors:
-                if hasattr(processor, "keep"):
-                    processor.keep(left.tolist())
+                processor.keep(left.tolist())
         last, at = tokens[:, None], at + 1
     return output
 

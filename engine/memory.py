@@ -158,14 +158,16 @@ def make_smaller(llm: Any, what: str, rows: int, longest: int) -> None:
         llm.token_budget = halved(what, rows, longest, llm.token_budget)
 
 
-def in_batches(
-    llm: Any, what: str, groups: Sequence[Sequence[int]], lengths: Sequence[int], work: Callable[[list[int]], None]
-) -> None:
-    """work(batch) for all rows (numbers into `lengths`) in batches under llm.token_budget, groups kept whole.
+def in_batches(llm: Any, what: str, rows: Sequence[list[int]], new: int, work: Callable[[list[int]], None]) -> None:
+    """work(batch) for all rows (batches of their numbers) of which each is to be continued by up to `new` tokens.
 
-    Where memory runs out, the dequantized copy of the weights is given up or, without one, the token budget halved from
-    this batch on. Each try of a batch begins with the same random states. Raises UserError if one row does not fit.
+    Batches are within llm.token_budget, and rows that begin alike are kept together. Where memory runs out, the
+    dequantized copy of the weights is given up or, without one, the token budget halved from this batch on. Each try of
+    a batch begins with the same random states. Raises UserError if one row exceeds the model's context or memory.
     """
+    lengths = [len(row) + new for row in rows]
+    llm.check_length(max(lengths, default=0))
+    groups = [members for members, _ in fast.shared_prefixes(rows)]
     plan = fast.batches(groups, lengths, llm.token_budget)
 
     def smaller() -> None:

