@@ -298,6 +298,17 @@ def test_steps_as_a_graph_needs_them_write_what_others_write(llm, n):
     assert greedy(llm, prompts, n=n, max_new_tokens=30, templates=forms) == with_forms
 
 
+def test_the_check_of_a_new_model_keeps_each_step_s_logits_where_a_graph_writes_them_to_the_same_memory(monkeypatch):
+    usual = fast.FixedStep.forward
+
+    def as_a_graph(step):
+        logits = usual(step)
+        return vars(step).setdefault("memory", torch.empty_like(logits)).copy_(logits)
+
+    monkeypatch.setattr(fast.FixedStep, "forward", as_a_graph)
+    tiny_llm(cuda_graph=True)
+
+
 def test_a_fixed_step_writes_to_the_cache_it_is_given_and_gives_it_up_with_it(llm):
     """Where rows leave, their cache must not stay in memory beside the smaller one."""
     ids, _, cache = prefill(llm, PROMPTS, 4)
