@@ -161,13 +161,15 @@ class Reserved(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.column is None:
-            old = self.get_seq_length()
-            self.set_length(old + key_states.shape[2])
-            self.keys[:, :, old:], self.values[:, :, old:] = key_states, value_states
-        else:
-            for store, states in zip(self.stores, (key_states, value_states), strict=True):
-                store.index_copy_(2, self.column, states)
+        old, column = self.get_seq_length(), self.column
+        new = old + key_states.shape[2]
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            if column is None:
+                store[:, :, old:new] = states
+            else:
+                store.index_copy_(2, column, states)
+        if column is None:
+            self.set_length(new)
         return self.keys, self.values
 
     def part(self, rows: slice) -> "Reserved":
@@ -299,8 +301,7 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulated, at, right=True).squeeze(-1)  # right: never a token of probability 0
 
 
-# Capturing a graph takes as long as a few steps; rows that leave the batch make a new one.
-STEPS_WORTH_A_GRAPH = 16
+STEPS_WORTH_A_GRAPH = 16  # capturing one takes as long as a few; rows that leave the batch make a new one
 
 
 class FixedStep:

@@ -165,13 +165,11 @@ def with_lora(model: Any, rank: int, alpha: int) -> Any:
 
 
 # Settings of a LoRA adapter that this code computes exactly, whatever they are.
-COMPUTED = frozenset(
-    """
-    alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform
-    lora_alpha lora_dropout peft_type peft_version r rank_pattern revision runtime_config target_modules task_type
-    use_rslora
-    """.split()
-)
+COMPUTED = """
+alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform
+lora_alpha lora_dropout peft_type peft_version r rank_pattern revision runtime_config target_modules task_type
+use_rslora
+""".split()
 
 
 def check_plain(config: Mapping[str, Any]) -> None:
@@ -183,8 +181,7 @@ def check_plain(config: Mapping[str, Any]) -> None:
         raise ValueError(f"only plain LoRA adapters can be used, not {config.get('peft_type')}")
     usual = LoraConfig().to_dict()
     for name, value in config.items():
-        started = name == "init_lora_weights" and isinstance(value, bool)  # others change the base weights too
-        if name not in COMPUTED and not started and value != usual.get(name) and value not in (None, False, "none"):
+        if name not in COMPUTED and value not in (usual.get(name), None, False, "none"):
             raise ValueError(f"only plain LoRA adapters can be used, and this one has {name}: {value}")
 
 

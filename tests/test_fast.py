@@ -291,7 +291,7 @@ def test_steps_as_a_graph_needs_them_write_what_others_write(llm, n):
     llm.cuda_graph = True
     assert greedy(llm, prompts, n=n, max_new_tokens=60) == usual
     assert greedy(llm, [[65]], n=n, max_new_tokens=60) == [usual[len(PROMPTS)]]  # nothing is in its cache at first
-    form = [Field("a: ", choices=("0", "1", "2")), Field("b:", 6, min_tokens=2, distinct=True)]
+    form = [Field("a: ", choices=("0", "1", "2")), Field("b:", 6, min_tokens=2)]
     forms = [form] * (n * len(prompts))
     with_forms = greedy(llm, prompts, n=n, max_new_tokens=30, templates=forms)
     llm.cuda_graph = False
