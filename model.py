@@ -367,19 +367,20 @@ class LLM:
 
     # ---- log-probabilities
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, at: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    def hidden(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
         """Last hidden states (B, T, D): everything but the output head.
 
-        ids (B, T), at: position ids (B, T). mask: (B, 1, T, cached + T), additive, or None for plain causal attention.
+        ids, position_ids: (B, T). mask: (B, 1, T, cached + T), additive, or None for plain causal attention.
         """
         if mask is None and self.dtype == torch.float32 and self.device.type != "cpu":
             # Without a mask transformers leaves heads that share keys to the kernel, and in fp32 the only one on a GPU
             # that can do it holds all scores in memory.
             mask = fast.additive(fast.visible(torch.ones_like(ids[:1]), 0), self.dtype)
+        named = dict(position_ids=position_ids, past_key_values=cache, use_cache=cache is not None)
         decoder = self.model.get_base_model().get_decoder()
-        return decoder(
-            input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        return decoder(input_ids=ids, attention_mask=mask, **named).last_hidden_state
 
     def logps(
         self, ids: torch.Tensor, segments: torch.Tensor, temperature: float, chunk_bytes: int | None = None
@@ -392,13 +393,12 @@ class LLM:
         """
         see = fast.segment_mask(segments)
         targets = ids[segments > 0].to(self.device)  # (N,)
-        rows, columns = (index.to(self.device) for index in fast.before(segments))
-        at = fast.segment_positions(segments).to(self.device)
+        rows, columns = (index.to(self.device) for index in fast.predictors(segments))
+        position_ids = fast.segment_positions(segments).to(self.device)
         mask = None if see is None else fast.additive(see.to(self.device), self.dtype)
         chunk_bytes = chunk_bytes or LOGITS_CHUNK_BYTES[self.kind]
         with self.autocast():
-            hidden = self.hidden(ids.to(self.device), mask, at)
-            states = hidden[rows, columns]  # (N, D)
+            states = self.hidden(ids.to(self.device), mask, position_ids)[rows, columns]  # (N, D)
             size = max(1, chunk_bytes // (4 * self.model.config.get_text_config().vocab_size))
             parts = [
                 checkpoint(self._token_logps, s, t, temperature, use_reentrant=False)

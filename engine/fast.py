@@ -265,9 +265,9 @@ def visible(mask: torch.Tensor, seen: int) -> torch.Tensor:
 
     Padding sees itself: some kernels return NaN where a row sees nothing at all.
     """
-    at = torch.arange(mask.shape[1], device=mask.device)
-    queries = at[seen:, None]
-    return (((at <= queries) & mask[:, None].bool()) | (at == queries))[:, None]
+    keys = torch.arange(mask.shape[1], device=mask.device)
+    queries = keys[seen:, None]
+    return (((keys <= queries) & mask[:, None].bool()) | (keys == queries))[:, None]
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -296,9 +296,10 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
     By the inverse of the cumulative distribution, with one random number a row; torch.multinomial draws V of them.
     """
     cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    at = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
-    at = at.minimum(cumulated[:, -1:].nextafter(at.new_zeros(())))  # rounded up to the total, it would find no token
-    return torch.searchsorted(cumulated, at, right=True).squeeze(-1)  # right: never a token of probability 0
+    total = cumulated[:, -1:]
+    drawn = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * total
+    drawn = drawn.minimum(total.nextafter(total.new_zeros(())))  # rounded up to the total, it would find no token
+    return torch.searchsorted(cumulated, drawn, right=True).squeeze(-1)  # right: never a token of probability 0
 
 
 STEPS_WORTH_A_GRAPH = 16  # capturing one takes as long as a few; rows that leave the batch make a new one
@@ -314,7 +315,7 @@ class FixedStep:
     def __init__(self, model: Any, cache: Any, mask: torch.Tensor, written: int) -> None:
         """cache: of L tokens, `written` of them are in it or come next. mask: (B, 1, 1, L or more)."""
         self.model, self.cache = model, cache
-        self.ids, self.at = (torch.zeros(len(mask), 1, dtype=torch.long, device=mask.device) for _ in range(2))
+        self.ids, self.position_ids = torch.zeros(2, len(mask), 1, dtype=torch.long, device=mask.device)
         self.column = torch.zeros(1, dtype=torch.long, device=mask.device)
         mask = mask.clone()
         mask[..., written:] = -torch.inf
@@ -325,10 +326,10 @@ class FixedStep:
         self.graph: Any = None
         self.calls = 0
 
-    def __call__(self, ids: torch.Tensor, at: torch.Tensor, column: int) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, position_ids: torch.Tensor, column: int) -> torch.Tensor:
         """Tokens and their positions, each (B, 1), written at `column` of the cache -> logits (B, V)."""
         self.ids.copy_(ids)
-        self.at.copy_(at)
+        self.position_ids.copy_(position_ids)
         self.column.fill_(column)
         self.mask[..., column] = 0
         self.calls += 1
@@ -343,13 +344,15 @@ class FixedStep:
         return self.logits
 
     def forward(self) -> torch.Tensor:
-        return next_logits(self.model, self.ids, self.mask, self.at, self.cache)
+        return next_logits(self.model, self.ids, self.mask, self.position_ids, self.cache)
 
 
-def next_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, at: torch.Tensor, cache: Any) -> torch.Tensor:
+def next_logits(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
+) -> torch.Tensor:
     """Logits (B, V) after tokens (B, T) at positions (B, T) behind a cache; mask: (B, 1, T, cached + T), additive."""
-    output = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, logits_to_keep=1)
-    return output.logits[:, -1]
+    named = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
+    return model(input_ids=ids, **named).logits[:, -1]
 
 
 @torch.no_grad()
@@ -374,7 +377,7 @@ def decode(
     """
     rows, prompt = ids.shape
     output = ids.new_full((rows, new), llm.pad_id)
-    last, at = ids[:, -1:], positions(mask)[:, -1:]
+    last, position_ids = ids[:, -1:], positions(mask)[:, -1:]
     mask = decoding_mask(mask, new, llm.dtype)  # (B, 1, 1, P + new)
     stop = torch.tensor(ends, device=ids.device)
     present = torch.arange(rows, device=ids.device)  # the rows still in the batch
@@ -384,7 +387,10 @@ def decode(
         # An empty cache, of prompts of one token, has no memory yet that a FixedStep could write to.
         if llm.cuda_graph and not step and prompt + new - length >= STEPS_WORTH_A_GRAPH and cache.get_seq_length():
             step = FixedStep(llm.model, cache, mask, length)
-        logits = step(last, at, length - 1) if step else next_logits(llm.model, last, mask[..., :length], at, cache)
+        if step:
+            logits = step(last, position_ids, length - 1)
+        else:
+            logits = next_logits(llm.model, last, mask[..., :length], position_ids, cache)
         scores = logits.float()
         for processor in processors:
             scores = processor(last, scores)
@@ -404,10 +410,11 @@ def decode(
             for layer in cache.layers:
                 layer.set_length(length)  # a FixedStep does not count
             cache = reserve(cache, left, prompt + new)
-            present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
+            present, done, mask, tokens = present[left], done[left], mask[left], tokens[left]
+            position_ids = position_ids[left]
             for processor in processors:
                 processor.keep(left.tolist())
-        last, at = tokens[:, None], at + 1
+        last, position_ids = tokens[:, None], position_ids + 1
     return output
 
 
@@ -445,7 +452,7 @@ def segment_positions(segments: torch.Tensor) -> torch.Tensor:
     return torch.where(segments == -1, index, torch.where(segments == 0, within, prompt + within))
 
 
-def before(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predictors(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of the N completion tokens, in row order: its row, and the column of the token that predicts it.
 
     That is the one before it, or for a completion's first token the prompt's last.
@@ -453,19 +460,19 @@ def before(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     last = torch.where(segments == 0, index, 0).amax(-1, keepdim=True)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    at = segments > 0
-    return at.nonzero()[:, 0], torch.where(begins, last, index - 1)[at]
+    completions = segments > 0
+    return completions.nonzero()[:, 0], torch.where(begins, last, index - 1)[completions]
 
 
 def share_prompts(
-    prompt: int, completions: Sequence[int], budget: int, worth: float, masked: float = 1.0
+    prompt: int, completions: Sequence[int], budget: int, pairs_a_token: float, masked: float = 1.0
 ) -> Iterator[list[int]]:
     """Which completions of one prompt (lengths in tokens) to put in a row: numbers, longest first.
 
     A completion joins a row while that saves more than it costs: the prompt need not be read again, but attention is
-    computed between all tokens of the row, also where the mask discards it. worth: how many pairs of tokens attention
-    relates in the time that the rest of the model takes for one token. masked: how many times as long a pair takes in a
-    row of several completions, which needs a mask. A row of several completions is within `budget`.
+    computed between all tokens of the row, also where the mask discards it. pairs_a_token: how many pairs of tokens
+    attention relates in the time that the rest of the model takes for one token. masked: how many times as long a pair
+    takes in a row of several completions, which needs a mask. A row of several completions is within `budget`.
     """
     row: list[int] = []
     length = prompt
@@ -473,7 +480,7 @@ def share_prompts(
         longer = length + completions[i]
         before = length**2 * (masked if len(row) > 1 else 1)
         wasted = masked * longer**2 - before - (prompt + completions[i]) ** 2
-        if row and (wasted > worth * prompt or longer > budget):
+        if row and (wasted > pairs_a_token * prompt or longer > budget):
             yield row
             row, longer = [], prompt + completions[i]
         row, length = [*row, i], longer

@@ -257,13 +257,13 @@ def rehearse_rollout(llm: Any, batch: Batch) -> None:
                 store.fill_(0)  # memory that is reserved is in use once it is written
             layer.set_length(layer.length - 1)
         see, length = fast.decoding_mask(mask, batch.new, llm.dtype), ids.shape[1] + batch.new
-        at = fast.positions(mask)[:, -1:] + batch.new
+        position_ids = fast.positions(mask)[:, -1:] + batch.new
         if llm.cuda_graph:
             step = fast.FixedStep(llm.model, cache, see, length)
             for _ in range(2):  # the second is captured
-                step(ids[:, -1:], at, length - 1)
+                step(ids[:, -1:], position_ids, length - 1)
         else:
-            fast.next_logits(llm.model, ids[:, -1:], see[..., :length], at, cache)
+            fast.next_logits(llm.model, ids[:, -1:], see[..., :length], position_ids, cache)
 
 
 def rehearse_update(llm: Any, batch: Batch) -> None:

@@ -73,10 +73,11 @@ def prefill(llm: Any, rows: Sequence[list[int]], new: int) -> tuple[torch.Tensor
     seen, end = prefixes.width, ids.shape[1] - 1
     if seen == end:
         return ids, mask, cache
-    at, some = fast.positions(mask), max(1, llm.prefill_tokens // (end - seen))
+    position_ids, some = fast.positions(mask), max(1, llm.prefill_tokens // (end - seen))
     for part in (slice(first, first + some) for first in range(0, len(ids), some)):
         layers = Cache(layers=[layer.part(part) for layer in cache.layers])
-        llm.hidden(ids[part, seen:end], rest_mask(llm, mask[part, :end], seen), at[part, seen:end], layers)
+        see = rest_mask(llm, mask[part, :end], seen)
+        llm.hidden(ids[part, seen:end], see, position_ids[part, seen:end], layers)
     for layer in cache.layers:
         if layer.is_initialized:
             layer.set_length(end)

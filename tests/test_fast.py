@@ -371,7 +371,7 @@ def test_segments_positions_and_masks_of_a_row_worked_by_hand():
     assert ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
     assert segments.tolist() == [[0, 0, 1, 1, 2], [0, 1, 1, -1, -1]]
     assert fast.segment_positions(segments).tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
-    rows, columns = fast.before(segments)
+    rows, columns = fast.predictors(segments)
     assert (rows.tolist(), columns.tolist()) == ([0, 0, 0, 1, 1], [1, 2, 1, 0, 1])
     mask = fast.segment_mask(segments)
     assert mask[0, 0].int().tolist() == [
@@ -389,10 +389,12 @@ def test_segments_positions_and_masks_of_a_row_worked_by_hand():
     prompt=st.integers(1, 200),
     completions=st.lists(st.integers(1, 300), min_size=1, max_size=12),
     budget=st.integers(1, 2000),
-    worth=st.floats(1, 1e5),
+    pairs_a_token=st.floats(1, 1e5),
 )
-def test_each_completion_is_in_one_row_and_rows_of_several_keep_to_the_budget(prompt, completions, budget, worth):
-    rows = list(fast.share_prompts(prompt, completions, budget, worth))
+def test_each_completion_is_in_one_row_and_rows_of_several_keep_to_the_budget(
+    prompt, completions, budget, pairs_a_token
+):
+    rows = list(fast.share_prompts(prompt, completions, budget, pairs_a_token))
     assert sorted(i for row in rows for i in row) == list(range(len(completions)))
     for row in rows:
         assert len(row) == 1 or prompt + sum(completions[i] for i in row) <= budget
@@ -400,13 +402,13 @@ def test_each_completion_is_in_one_row_and_rows_of_several_keep_to_the_budget(pr
 
 def test_a_prompt_is_shared_as_long_as_attention_costs_less_than_reading_it_again():
     # Joining 10 and 10 behind a prompt of 5 relates 25^2 pairs where two rows relate 2 x 15^2: 175 more.
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=35.1)) == [[0, 1]]
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=34.9)) == [[0], [1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=35.1)) == [[0, 1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=34.9)) == [[0], [1]]
     # A mask that takes twice as long: 2 x 25^2 - 2 x 15^2 = 800 more. A third one then adds 2 x (35^2 - 25^2) - 15^2.
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=160.1, masked=2)) == [[0, 1]]
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=159.9, masked=2)) == [[0], [1]]
-    assert list(fast.share_prompts(5, [10, 10, 10], 100, worth=195.1, masked=2)) == [[0, 1, 2]]
-    assert list(fast.share_prompts(5, [10, 10, 10], 100, worth=194.9, masked=2)) == [[0, 1], [2]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=160.1, masked=2)) == [[0, 1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=159.9, masked=2)) == [[0], [1]]
+    assert list(fast.share_prompts(5, [10, 10, 10], 100, pairs_a_token=195.1, masked=2)) == [[0, 1, 2]]
+    assert list(fast.share_prompts(5, [10, 10, 10], 100, pairs_a_token=194.9, masked=2)) == [[0, 1], [2]]
 
 
 def test_random_rows_of_forms_and_lengths_survive_compaction(llm):
