@@ -53,10 +53,10 @@ def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """A copy of the weight of a linear layer as numbers, (outputs, inputs)."""
-    from bitsandbytes import functional
-
     if state := getattr(layer.weight, "quant_state", None):
-        return functional.dequantize_4bit(layer.weight.data, state).to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, state).to(dtype)
     return layer.weight.data.to(dtype, copy=True)
 
 
@@ -150,8 +150,8 @@ class Reserved(DynamicLayer):
         """Mark the first `length` columns as written."""
         self.keys, self.values = (store[:, :, :length] for store in self.stores)
 
-    def take(self, keys: torch.Tensor, values: torch.Tensor, rows: Any) -> None:
-        """Begin these rows (an index) with keys and values, each (B, heads, T, head size)."""
+    def begin(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the first columns of these rows (numbers): keys and values, each (B, heads, T, head size)."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         for store, states in zip(self.stores, (keys, values), strict=True):
@@ -190,7 +190,7 @@ def reserve(cache: Any, rows: torch.Tensor, length: int, keep: bool = False) -> 
     for layer in cache.layers:
         new = Reserved(len(rows), length)
         if layer.is_initialized:
-            new.take(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), slice(None))
+            new.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
         if not keep:
             layer.keys, layer.values, layer.stores, layer.is_initialized = None, None, [], False
         layers.append(new)
@@ -449,7 +449,7 @@ def segment_positions(segments: torch.Tensor) -> torch.Tensor:
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     prompt = (segments == 0).sum(-1, keepdim=True)
     within = index - torch.where(begins, index, 0).cummax(-1).values
-    return torch.where(segments == -1, index, torch.where(segments == 0, within, prompt + within))
+    return within + torch.where(segments > 0, prompt, 0)
 
 
 def predictors(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

