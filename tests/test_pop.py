@@ -442,13 +442,15 @@ SHORT = replace(CFG, audit=0, eval_every=0, problem_tokens=100, reference_tokens
         ("rubric", dict(episodes="recorded", rubric_answers=0, max_words=4_300)),
         ("judge", dict(judge="generate", max_new_tokens=6_200, rubric="generic", max_criteria=1)),  # four all the same
         ("judge", dict(judge="logits", max_new_tokens=7_500, rubric="generic")),
+        ("judge", dict(max_words=300, max_new_tokens=300, reference_tokens=2_600, audit=2)),  # padded references
     ],
 )
 def test_the_longest_prompt_of_any_role_in_use_must_fit_the_context(llm, monkeypatch, role, flags):
     cfg = replace(SHORT, **flags)
     with pytest.raises(UserError, match="context is 8192"):
         pop.check_fits(llm, cfg)
-    monkeypatch.setattr(memory, "in_use", lambda cfg, usual=memory.in_use: [r for r in usual(cfg) if r != role])
+    usual = memory.work_of(cfg)
+    monkeypatch.setattr(memory, "work_of", lambda cfg: {**usual, role: memory.Batch(1, 0)})  # all others fit
     pop.check_fits(llm, cfg)
 
 
