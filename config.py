@@ -322,8 +322,8 @@ def parse_args(argv: Sequence[str]) -> Config:
 def resolved(cfg: Config) -> Config:
     """With local files by their whole paths, so that a run can be resumed from another folder."""
     given = {name: os.path.expanduser(getattr(cfg, name)) for name in ("corpus", "model", "episodes")}
-    built_in = ("samples", "heldout")
-    local = {name: path for name, path in given.items() if path and path not in built_in and os.path.exists(path)}
+    built_in = (("corpus", "samples"), ("corpus", "heldout"), ("model", "smollm2"))  # a folder is written ./smollm2
+    local = {name: path for name, path in given.items() if (name, path) not in built_in and os.path.exists(path)}
     return replace(cfg, **{name: os.path.abspath(path) for name, path in local.items()})
 
 

@@ -8,7 +8,6 @@ import bisect
 import contextlib
 import functools
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,11 +125,9 @@ class LLM:
 
     # ---- adapters, training and inference
 
-    @contextlib.contextmanager
-    def adapters_off(self) -> Iterator[None]:
+    def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model is the untouched base model."""
-        with self.model.disable_adapter():
-            yield
+        return self.model.disable_adapter()
 
     def take_adapter(self, folder: Path) -> None:
         """Put a saved adapter, such as a run's `adapter/`, in the place of the present one; it is not to be trained on.
@@ -253,20 +250,19 @@ class LLM:
         if not choices:
             return self.text_ids(label), []
         full = [self.text_ids(label + choice) for choice in choices]
-        shared = list(os.path.commonprefix(full))  # noqa: RUF071 (it compares any sequences)
-        shared = shared[: min(map(len, full)) - 1]
-        return shared, [ids[len(shared) :] for ids in full]
+        shared = fast.common_prefix(full)
+        return full[0][:shared], [ids[shared:] for ids in full]
 
-    def choice_ids(self, label: str, choices: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of the label, and the one id by which each choice goes on after it.
+    def choice_ids(self, choices: Sequence[str]) -> list[int]:
+        """The id of the first token of each choice, for `choice_probs`.
 
-        Raises ValueError if two choices go on with the same token.
+        Raises ValueError if two choices begin with the same token.
         """
-        label_ids, rest = self.continuations(label, choices)
-        following = [ids[0] for ids in rest]
-        if len(set(following)) < len(choices):
-            raise ValueError(f"choices {choices} do not differ in the token after {label!r}")
-        return label_ids, following
+        _, rest = self.continuations("", choices)
+        first = [ids[0] for ids in rest]
+        if len(set(first)) < len(choices):
+            raise ValueError(f"choices {choices} do not differ in their first token")
+        return first
 
     def reply_ids(self, replies: Sequence[str]) -> list[set[int]]:
         """The tokens that each reply, such as a digit, is written with: `2` by itself, and `2` with a space before it.
@@ -326,10 +322,7 @@ class LLM:
         prompt and max_new_tokens exceed the model's context, or one of them memory.
         """
         prompts = [prompt + self._thought_end for prompt in prompts] if templates else prompts
-        for prompt in prompts:
-            self.check_length(len(prompt) + max_new_tokens)
         rows = [prompt for prompt in prompts for _ in range(n)]
-        groups = [members for members, _ in fast.shared_prefixes(rows)]
         done: dict[int, Completion] = {}
 
         @torch.no_grad()
@@ -356,7 +349,7 @@ class LLM:
             done.update(zip(batch, map(self._cut, output.tolist(), watched), strict=True))
 
         with tqdm(total=len(rows) * max_new_tokens, desc=desc, unit="tok", leave=False) as bar:
-            in_batches(self, desc, groups, [len(row) + max_new_tokens for row in rows], work)
+            in_batches(self, desc, rows, max_new_tokens, work)
         return [[done[i * n + k] for k in range(n)] for i in range(len(prompts))]
 
     def _generation_config(self, max_new_tokens: int, temperature: float) -> GenerationConfig:
@@ -381,9 +374,6 @@ class LLM:
         a row exceeds the model's context or memory.
         """
         rows = [row + self._thought_end for row in rows]
-        for row in rows:
-            self.check_length(len(row))
-        groups = [members for members, _ in fast.shared_prefixes(rows)]
         results = torch.empty(len(rows), len(choices))
         wanted = torch.tensor(choices, device=self.device)
 
@@ -396,25 +386,25 @@ class LLM:
             bar.update(len(batch))
 
         with tqdm(total=len(rows), desc=desc, unit="row", leave=False) as bar:
-            in_batches(self, desc, groups, [len(row) for row in rows], work)
+            in_batches(self, desc, rows, 0, work)
         return results
 
     # ---- log-probabilities
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, at: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    def hidden(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
         """Last hidden states (B, T, D): everything but the output head.
 
-        ids (B, T), at: position ids (B, T). mask: (B, 1, T, cached + T), additive, or None for plain causal attention.
+        ids, position_ids: (B, T). mask: (B, 1, T, cached + T), additive, or None for plain causal attention.
         """
         if mask is None and self.dtype == torch.float32 and self.device.type != "cpu":
             # Without a mask transformers leaves heads that share keys to the kernel, and in fp32 the only one on a GPU
             # that can do it holds all scores in memory.
-            every = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=self.device)
-            mask = fast.additive(every.tril(), self.dtype)
+            mask = fast.additive(fast.visible(torch.ones_like(ids[:1]), 0), self.dtype)
+        named = dict(position_ids=position_ids, past_key_values=cache, use_cache=cache is not None)
         decoder = self.model.get_base_model().get_decoder()
-        return decoder(
-            input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        return decoder(input_ids=ids, attention_mask=mask, **named).last_hidden_state
 
     def logps(
         self, ids: torch.Tensor, segments: torch.Tensor, temperature: float, chunk_bytes: int | None = None
@@ -427,13 +417,12 @@ class LLM:
         """
         see = fast.segment_mask(segments)
         targets = ids[segments > 0].to(self.device)  # (N,)
-        rows, columns = (index.to(self.device) for index in fast.before(segments))
-        at = fast.segment_positions(segments).to(self.device)
+        rows, columns = (index.to(self.device) for index in fast.predictors(segments))
+        position_ids = fast.segment_positions(segments).to(self.device)
         mask = None if see is None else fast.additive(see.to(self.device), self.dtype)
         chunk_bytes = chunk_bytes or LOGITS_CHUNK_BYTES[self.kind]
         with self.autocast():
-            hidden = self.hidden(ids.to(self.device), mask, at)
-            states = hidden[rows, columns]  # (N, D)
+            states = self.hidden(ids.to(self.device), mask, position_ids)[rows, columns]  # (N, D)
             size = max(1, chunk_bytes // (4 * self.model.config.get_text_config().vocab_size))
             parts = [
                 checkpoint(self._token_logps, s, t, temperature, use_reentrant=False)

@@ -447,12 +447,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_fits(llm: LLM, cfg: Config) -> None:
-    """Raises UserError if the longest prompt, the rubric writer's, or a recorded answer does not fit the context."""
+    """Raises UserError if the longest prompt of a role in use or a recorded answer does not fit the context."""
     if cfg.replay == "answers":
         sources.check_tokens(llm, cfg)
-    else:
-        writer = memory.work_of(cfg)["rubric"]
-        llm.check_length(writer.prompt + writer.new)
+    memory.check_fits(llm, cfg)
 
 
 if __name__ == "__main__":

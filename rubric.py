@@ -313,7 +313,7 @@ def gate(llm: LLM, problems: list[Pair], cfg: Config) -> list[Pair]:
     if not cfg.gate or not problems:
         return problems
     stopped: dict[int, str] = {}
-    _, replies = llm.choice_ids("", ["Yes", "No"])
+    replies = llm.choice_ids(["Yes", "No"])
     for why, question in GATE.items():
         shots = [turn for shown, reply in GATE_SHOTS for turn in (fill(question, problem=shown), reply)]
         asked = [*GATE_BAD, *GATE_GOOD, *(problem for _, problem in problems)]
@@ -529,7 +529,7 @@ def judge_by_logits(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], cfg: Conf
     else:
         replies = "012"
         prompts = [rate_prompt(e.problem, c, a.text, cfg.rubric_gold) for e, a in pairs for c in e.rubric]
-    _, digits = llm.choice_ids("", replies)
+    digits = llm.choice_ids(replies)
     probs = llm.choice_probs([llm.encode("", prompt) for prompt in prompts], digits, desc="judge")  # (rows, replies)
     expected = iter((probs @ torch.linspace(0, 2, len(replies))).tolist())
     for e, a in pairs:

@@ -78,7 +78,7 @@ class LocalJudge:
         llm, prompts = self.llm, [self.llm.encode_messages(q.messages) for q in questions]
         with llm.adapters_off():
             if digits:
-                probs = llm.choice_probs(prompts, llm.choice_ids("", digits)[1], desc="judge")  # (prompts, digits)
+                probs = llm.choice_probs(prompts, llm.choice_ids(digits), desc="judge")  # (prompts, digits)
                 values = (probs @ torch.arange(len(digits), dtype=probs.dtype)).tolist()
                 return [Verdict(q.id, value, "") for q, value in zip(questions, values, strict=True)]
             templates = [q.template for q in questions]

@@ -13,9 +13,9 @@ class Field:
     """One line of a template: the label is given, the value is the model's, up to the end of the line.
 
     `choices`: the value is one of these strings, of any length. `optional`: the model may end the record instead.
-    `min_tokens`: the line does not end before so many. `distinct`: the value is another choice than the record's
-    earlier distinct values, or begins with another token. `quoted`: the value stands between double quotes that the
-    labels bring, and the model may end it with one instead of a line end.
+    `min_tokens`: the line does not end before so many. `distinct`: the value is another choice than any before it in
+    the record, while there is one. `quoted`: the value stands between double quotes that the labels bring, and the
+    model may end it with one instead of a line end.
     """
 
     label: str
@@ -29,12 +29,9 @@ class Field:
 
 def room(llm: Any, template: Sequence[Field]) -> int:
     """The most tokens that a filled template can take, its end token included."""
-    longest = [
-        max((len(llm.text_ids(line.label + c)) for c in line.choices), default=0)
-        or len(llm.text_ids(line.label)) + line.max_tokens
-        for line in template
-    ]
-    return sum(longest) + len(template)  # a line end after each, the end token after the last
+    free = [len(llm.text_ids(line.label)) + line.max_tokens for line in template if not line.choices]
+    chosen = [max(len(llm.text_ids(line.label + c)) for c in line.choices) for line in template if line.choices]
+    return sum(free + chosen) + len(template)  # a line end after each, the end token after the last
 
 
 # What a row may write besides the tokens named to it: nothing, any token but special ones, of these no line end, or of
@@ -45,11 +42,10 @@ QUOTED = 3
 
 
 class Wanted(NamedTuple):
-    """What the next token of a row may be: one of its kind's or of `allowed`, but none of `banned`."""
+    """What the next token of a row may be: one of its kind's or of `named`."""
 
     kind: int = CLOSED
-    allowed: Collection[int] = ()
-    banned: Collection[int] = ()
+    named: Collection[int] = ()
 
 
 class TemplateFiller:
@@ -64,43 +60,33 @@ class TemplateFiller:
         blank = {i for i, t in enumerate(vocabulary) if t and not t.strip(" \t\r▁Ġĉč")}
         quotes = {i for i, t in enumerate(vocabulary) if t and ('"' in t or t == "<0x22>")}
         slashes = {i for i, t in enumerate(vocabulary) if t and ("\\" in t or t == "<0x5C>")}
-        self.newline = llm.text_ids("\n")[-1]
-        self.eos = llm.eos_ids[0]
+        self.newline, self.eos = llm.text_ids("\n")[-1], llm.eos_ids[0]
         special = {*llm.eos_ids, *llm.tokenizer.all_special_ids}
-        free = [special, special | self.line_ends, special | self.line_ends | blank]  # OPEN, NO_LINE_END, BEGIN
-        banned = free + [tokens | quotes | slashes for tokens in free]
-        kinds = torch.ones(1 + len(banned), llm.model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+        barred = [special, special | self.line_ends, special | self.line_ends | blank]  # OPEN, NO_LINE_END, BEGIN
+        barred += [tokens | quotes | slashes for tokens in barred]
+        kinds = torch.ones(1 + len(barred), llm.model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
         kinds[CLOSED] = False
-        for kind, tokens in enumerate(banned, 1):
+        for kind, tokens in enumerate(barred, 1):
             kinds[kind, sorted(tokens)] = False
         self.kinds = kinds.to(llm.device)  # (kinds, V): whether a row of that kind may write a token
         self.closing = torch.tensor([self.eos, *sorted(quotes)], device=llm.device)  # what may end a quoted value
         self.rows = [self.fill(llm, template) for template in templates]
-        self.wanted = [next(row) for row in self.rows]
         self.started = False
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
         self.rows = [self.rows[i] for i in rows]
-        self.wanted = [self.wanted[i] for i in rows]
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The last tokens, (B, 1) or more, and scores (B, V) -> the scores, -inf where a token may not come."""
-        if self.started:
-            full = Wanted(allowed=[self.eos])
-            for i, token in enumerate(ids[:, -1].tolist()):
-                try:
-                    self.wanted[i] = self.rows[i].send(token)
-                except StopIteration:
-                    self.wanted[i] = full
+        """The last tokens, (B, 1), and scores (B, V) -> the scores, -inf where a token may not come."""
+        came: list[Any] = ids[:, -1].tolist() if self.started else [None] * len(ids)
         self.started = True
-        # One upload a step, however many rows: each row's kind, then each token named: row, token, allowed or not.
-        named = [(i, token, 1) for i, wanted in enumerate(self.wanted) for token in wanted.allowed]
-        named += [(i, token, 0) for i, wanted in enumerate(self.wanted) for token in wanted.banned]
-        told = [wanted.kind for wanted in self.wanted] + [number for triple in named for number in triple]
-        index = torch.tensor(told, device=scores.device)
-        kind, (row, token, allowed) = index[: len(scores)], index[len(scores) :].view(-1, 3).unbind(-1)
-        may = self.kinds[kind].index_put_((row, token), allowed.bool())  # (B, V)
+        wanted = [row.send(token) for row, token in zip(self.rows, came, strict=True)]
+        # One upload a step, however many rows: each row's kind, then row and token of each that is named.
+        named = [number for i, w in enumerate(wanted) for token in w.named for number in (i, token)]
+        index = torch.tensor([w.kind for w in wanted] + named, device=scores.device)
+        kind, (row, token) = index[: len(scores)], index[len(scores) :].view(-1, 2).unbind(-1)
+        may = self.kinds[kind].index_put_((row, token), torch.ones_like(row, dtype=torch.bool))  # (B, V)
         # In free text an end token means the end of the line, in a quoted value a double quote too.
         ends = torch.where(kind > QUOTED, scores[:, self.closing].amax(-1), scores[:, self.eos])
         ends = ends.masked_fill(kind == CLOSED, -torch.inf)
@@ -110,43 +96,36 @@ class TemplateFiller:
 
     def fill(self, llm: Any, template: Sequence[Field]) -> Generator[Wanted, int, None]:
         """One row's template as a coroutine: yields what may come next, is sent what came."""
-        begun: set[int] = set()  # first tokens of the distinct values so far
-        taken: list[list[int]] = []  # those that were choices
-        for number, line in enumerate(template):
+        yield from self.record(llm, template)
+        while True:
+            yield Wanted(named=[self.eos])
+
+    def record(self, llm: Any, template: Sequence[Field]) -> Generator[Wanted, int, None]:
+        """The same up to its last line, or until the model ends it before an optional one."""
+        taken: list[list[int]] = []  # the choices so far
+        for number, line in enumerate(template, 1):
+            end = self.newline if number < len(template) else self.eos
             label, choices = llm.continuations(line.label, line.choices)
-            for position, token in enumerate(label):
-                may_end = position == 0 and line.optional
-                came = yield Wanted(allowed=[token, self.eos] if may_end else [token])
+            for k, token in enumerate(label):
+                came = yield Wanted(named=[token, self.eos] if line.optional and k == 0 else [token])
                 if came == self.eos:
                     return
             if choices:
-                if line.distinct:
-                    choices = [ids for ids in choices if ids not in taken] or choices
-                came, chosen = yield from self.choose(choices)
-                taken += [chosen] if line.distinct else []
-            for count in range(line.max_tokens if not choices else 0):
+                lines = [[*ids, end] for ids in choices]  # the end tells a choice from another that it begins
+                left = [ids for ids in lines if not (line.distinct and ids in taken)] or lines
+                chosen: list[int] = []
+                while chosen not in left:
+                    begun = [ids for ids in left if ids[: len(chosen)] == chosen]
+                    chosen = [*chosen, (yield Wanted(named={ids[len(chosen)] for ids in begun}))]
+                taken.append(chosen)
+                continue
+            for count in range(line.max_tokens):
                 kind = BEGIN if count == 0 else NO_LINE_END if count < line.min_tokens else OPEN
-                distinct = count == 0 and line.distinct
-                came = yield Wanted(kind + QUOTED * line.quoted, banned=begun if distinct else ())
-                if distinct:
-                    begun.add(came)
+                came = yield Wanted(kind + QUOTED * line.quoted)
                 if came in self.line_ends:
                     break
-            if came not in self.line_ends and number < len(template) - 1:
-                yield Wanted(allowed=[self.newline])
-
-    def choose(self, choices: Sequence[list[int]]) -> Generator[Wanted, int, tuple[int, list[int]]]:
-        """Let one of several strings of ids be written, token by token: (the last token that came, the string)."""
-        came = self.newline
-        written: list[int] = []
-        while following := {ids[len(written)] for ids in choices if len(ids) > len(written)}:
-            may_end = written in choices  # it begins a longer one
-            came = yield Wanted(allowed=following | ({self.newline} if may_end else set()))
-            if may_end and came == self.newline:
-                break
-            choices = [ids for ids in choices if ids[len(written) : len(written) + 1] == [came]]
-            written = [*written, came]
-        return came, written
+            if came not in self.line_ends:
+                yield Wanted(named=[end])
 
 
 class Watcher:
@@ -160,7 +139,6 @@ class Watcher:
         spellings = llm.reply_ids(replies)
         self.ids = torch.tensor([i for ids in spellings for i in sorted(ids)], device=llm.device)  # (S,) of all replies
         self.sizes = [len(ids) for ids in spellings]
-        self.rows = rows
         self.present = list(range(rows))  # the rows still in the batch
         self.steps: list[tuple[list[int], torch.Tensor]] = []  # rows and their logits, (B, S)
 
@@ -177,8 +155,8 @@ class Watcher:
         logits = torch.cat([logits for _, logits in self.steps]).cpu()  # (steps x rows, S)
         parts = logits.double().softmax(-1).split(self.sizes, dim=-1)
         probs = torch.stack([part.sum(-1) for part in parts], dim=-1).tolist()  # (steps x rows, K)
-        result: list[list[list[float]]] = [[] for _ in range(self.rows)]
-        numbers = [row for present, _ in self.steps for row in present]
-        for row, of_token in zip(numbers, probs, strict=True):
+        rows = [row for present, _ in self.steps for row in present]
+        result: list[list[list[float]]] = [[] for _ in self.steps[0][0]]
+        for row, of_token in zip(rows, probs, strict=True):
             result[row].append(of_token)
         return result

@@ -5,6 +5,7 @@ Shape letters as in model.py: B rows, P prompt tokens, T tokens of a row, D hidd
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import sys
@@ -28,37 +29,35 @@ def lora_layers(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer with its adapter, W x + s B A x: scaled and added inside one product, where peft takes three
-    passes over the output."""
-    y = layer.base_layer(x)
-    if layer.disable_adapters:
-        return y
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+def adapted(base: Linear, a: torch.Tensor, b: torch.Tensor, scale: float, add: Linear, x: torch.Tensor) -> torch.Tensor:
+    """base(x) + scale B A x: scaled and added inside one product, where peft takes three passes over the output.
+
+    add: torch.addmm or, in place and without gradients, torch.Tensor.addmm_.
+    """
+    y = base(x)
     low = F.linear(x.reshape(-1, x.shape[-1]), a)  # (B T, r)
-    return torch.addmm(y.view(-1, y.shape[-1]), low, b.t(), alpha=layer.scaling["default"]).view_as(y)
+    return add(y.view(-1, y.shape[-1]), low, b.t(), alpha=scale).view_as(y)
 
 
-def adapted(base: Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> Linear:
-    """x -> base(x) + scale B A x, added in place: for use without gradients."""
+def lora_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The weights A (r, inputs) and B (outputs, r) of a layer's adapter, and its scale."""
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        y = base(x)
-        low = F.linear(x.reshape(-1, x.shape[-1]), a)  # (B T, r)
-        y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scale)
-        return y
 
-    return forward
+def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What peft's own forward of a LoRA layer computes, with gradients."""
+    if layer.disable_adapters:
+        return layer.base_layer(x)
+    return adapted(layer.base_layer, *lora_of(layer), torch.addmm, x)
 
 
 def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """A copy of the weight of a linear layer as numbers, (outputs, inputs)."""
-    from bitsandbytes import functional, nn
+    if state := getattr(layer.weight, "quant_state", None):
+        from bitsandbytes.functional import dequantize_4bit
 
-    weight: Any = layer.weight
-    if isinstance(layer, nn.Linear4bit):
-        return functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return weight.data.to(dtype, copy=True)
+        return dequantize_4bit(layer.weight.data, state).to(dtype)
+    return layer.weight.data.to(dtype, copy=True)
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -74,10 +73,8 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 def large_blocks_apart() -> Iterator[None]:
     """Inside, blocks over 1 MiB come from the system and not from glibc's heap: among copies that stay, those that are
     freed would leave holes there that the next does not fit, with a 0.5B model 40% of its weights."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
+    glibc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(glibc, "mallopt", lambda option, value: None)
     threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     mallopt(threshold, 2**20)
     try:
@@ -92,44 +89,39 @@ def large_blocks_apart() -> Iterator[None]:
 def prepared_forwards(model: Any, dtype: torch.dtype, with_adapters: bool, dequantize: bool) -> dict[Any, Linear]:
     """module -> the forward it may be given where no gradients are needed; no weight of the model changes.
 
-    In 16 bits the fp32 adapters are rounded once, not at each use, and stay products of their own: added to weights of
-    4 or 16 bits they would be lost in the rounding. dequantize: from a dequantized copy of the weights; in fp32 the
-    adapter is added to that copy.
+    dequantize: from a dequantized copy of the weights; in fp32 the adapter is added to that copy. In 16 bits adapters
+    are rounded once, not at each use, and stay products of their own: added to the weights, they would be lost in
+    rounding.
     """
+    fold = with_adapters and dequantize and dtype == torch.float32
     forwards: dict[Any, Linear] = {}
     for layer in lora_layers(model):
-        base = layer.base_layer
-        forward: Linear = base.forward
-        a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        forward, (a, b, scale) = layer.base_layer.forward, lora_of(layer)
         if dequantize:
-            weight = dequantized(base, dtype)
-            if fold := with_adapters and dtype == torch.float32:
-                weight.addmm_(b, a, alpha=scale)
-            forward = forwards[layer if fold else base] = linear(weight, base.bias)
+            weight = dequantized(layer.base_layer, dtype)
             if fold:
-                continue
-        if with_adapters:
-            forwards[layer] = adapted(forward, a.to(dtype), b.to(dtype), scale)
-    head = model.get_output_embeddings()
+                weight.addmm_(b, a, alpha=scale)
+            forward = linear(weight, layer.base_layer.bias)
+        if with_adapters and not fold:
+            forward = functools.partial(adapted, forward, a.to(dtype), b.to(dtype), scale, torch.Tensor.addmm_)
+        forwards[layer] = forward
     if dequantize and dtype == torch.float32:
-        forwards[head] = linear(head.weight.data, getattr(head, "bias", None))
+        head = model.get_output_embeddings()
+        forwards[head] = linear(head.weight.data, head.bias)
     return forwards
 
 
 @contextlib.contextmanager
 def replaced(forwards: dict[Any, Linear]) -> Iterator[None]:
     """Inside, the modules compute by these forwards."""
-    own = {module: vars(module).get("forward") for module in forwards}
+    own = {module: module.forward for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
         for module, forward in own.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+            module.forward = forward
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -158,8 +150,8 @@ class Reserved(DynamicLayer):
         """Mark the first `length` columns as written."""
         self.keys, self.values = (store[:, :, :length] for store in self.stores)
 
-    def take(self, keys: torch.Tensor, values: torch.Tensor, rows: Any) -> None:
-        """Begin these rows (an index) with keys and values, each (B, heads, T, head size)."""
+    def begin(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the first columns of these rows (numbers): keys and values, each (B, heads, T, head size)."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         for store, states in zip(self.stores, (keys, values), strict=True):
@@ -169,25 +161,22 @@ class Reserved(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old = self.get_seq_length()
+        old, column = self.get_seq_length(), self.column
         new = old + key_states.shape[2]
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            if self.column is None:
+            if column is None:
                 store[:, :, old:new] = states
             else:
-                store.index_copy_(2, self.column, states)
-        if self.column is None:
+                store.index_copy_(2, column, states)
+        if column is None:
             self.set_length(new)
         return self.keys, self.values
 
-    def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
-
     def part(self, rows: slice) -> "Reserved":
         """Some rows alone, in the same memory."""
-        part = Reserved(self.rows, self.length)
-        if self.is_initialized:
-            part.stores, part.is_initialized = [store[rows] for store in self.stores], True
+        part = copy.copy(self)
+        part.stores = [store[rows] for store in self.stores]
+        if part.is_initialized:
             part.set_length(self.get_seq_length())
         return part
 
@@ -201,7 +190,7 @@ def reserve(cache: Any, rows: torch.Tensor, length: int, keep: bool = False) -> 
     for layer in cache.layers:
         new = Reserved(len(rows), length)
         if layer.is_initialized:
-            new.take(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), slice(None))
+            new.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
         if not keep:
             layer.keys, layer.values, layer.stores, layer.is_initialized = None, None, [], False
         layers.append(new)
@@ -276,9 +265,9 @@ def visible(mask: torch.Tensor, seen: int) -> torch.Tensor:
 
     Padding sees itself: some kernels return NaN where a row sees nothing at all.
     """
-    at = torch.arange(mask.shape[1], device=mask.device)
-    queries = at[seen:, None]
-    return (((at <= queries) & mask[:, None].bool()) | (at == queries))[:, None]
+    keys = torch.arange(mask.shape[1], device=mask.device)
+    queries = keys[seen:, None]
+    return (((keys <= queries) & mask[:, None].bool()) | (keys == queries))[:, None]
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -307,13 +296,13 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
     By the inverse of the cumulative distribution, with one random number a row; torch.multinomial draws V of them.
     """
     cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    at = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
-    at = at.minimum(cumulated[:, -1:].nextafter(at.new_zeros(())))  # rounded up to the total, it would find no token
-    return torch.searchsorted(cumulated, at, right=True).squeeze(-1)  # right: never a token of probability 0
+    total = cumulated[:, -1:]
+    drawn = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * total
+    drawn = drawn.minimum(total.nextafter(total.new_zeros(())))  # rounded up to the total, it would find no token
+    return torch.searchsorted(cumulated, drawn, right=True).squeeze(-1)  # right: never a token of probability 0
 
 
-# Capturing a graph takes as long as a few steps; rows that leave the batch make a new one.
-STEPS_WORTH_A_GRAPH = 16
+STEPS_WORTH_A_GRAPH = 16  # capturing one takes as long as a few; rows that leave the batch make a new one
 
 
 class FixedStep:
@@ -326,7 +315,7 @@ class FixedStep:
     def __init__(self, model: Any, cache: Any, mask: torch.Tensor, written: int) -> None:
         """cache: of L tokens, `written` of them are in it or come next. mask: (B, 1, 1, L or more)."""
         self.model, self.cache = model, cache
-        self.ids, self.at = (torch.zeros(len(mask), 1, dtype=torch.long, device=mask.device) for _ in range(2))
+        self.ids, self.position_ids = torch.zeros(2, len(mask), 1, dtype=torch.long, device=mask.device)
         self.column = torch.zeros(1, dtype=torch.long, device=mask.device)
         mask = mask.clone()
         mask[..., written:] = -torch.inf
@@ -335,34 +324,35 @@ class FixedStep:
             layer.column = self.column
             layer.set_length(layer.length)
         self.graph: Any = None
-        self.warm = False
+        self.calls = 0
 
-    def __call__(self, ids: torch.Tensor, at: torch.Tensor, column: int) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, position_ids: torch.Tensor, column: int) -> torch.Tensor:
         """Tokens and their positions, each (B, 1), written at `column` of the cache -> logits (B, V)."""
         self.ids.copy_(ids)
-        self.at.copy_(at)
+        self.position_ids.copy_(position_ids)
         self.column.fill_(column)
         self.mask[..., column] = 0
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.warm and ids.device.type == "cuda":
+        self.calls += 1
+        if self.calls == 2 and ids.device.type == "cuda":
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self.forward()
-            self.graph.replay()
-        else:
+        if self.graph is None:
             self.logits = self.forward()
-        self.warm = True
+        else:
+            self.graph.replay()
         return self.logits
 
     def forward(self) -> torch.Tensor:
-        return next_logits(self.model, self.ids, self.mask, self.at, self.cache)
+        return next_logits(self.model, self.ids, self.mask, self.position_ids, self.cache)
 
 
-def next_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, at: torch.Tensor, cache: Any) -> torch.Tensor:
+def next_logits(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
+) -> torch.Tensor:
     """Logits (B, V) after tokens (B, T) at positions (B, T) behind a cache; mask: (B, 1, T, cached + T), additive."""
-    output = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, logits_to_keep=1)
-    return output.logits[:, -1]
+    named = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
+    return model(input_ids=ids, **named).logits[:, -1]
 
 
 @torch.no_grad()
@@ -379,16 +369,16 @@ def decode(
     progress: Callable[[int], Any] = lambda tokens: None,
 ) -> torch.Tensor:
     """The decoding loop within `generate`: prompts (B, P) -> the up to `new` tokens written after each, up to one of
-    `ends` and then padded, (B, new).
+    `ends` and then padded, (B, new). sample: they are drawn from softmax(scores), else they are the likeliest.
 
     mask: (B, P), 0 on padding. The cache holds all but the last token of the prompts and has room for what comes. Once
-    a quarter of the rows is finished they leave the batch. sample: tokens are drawn from softmax(scores), else they are
-    the likeliest. Processors change or watch the scores, given the last tokens (B, 1) and scores (B, V), and are told
-    by keep(rows), if they have it, which rows stay. progress: called with the tokens of each step.
+    a quarter of the rows is finished they leave the batch. Processors change or watch the scores, given the last tokens
+    (B, 1) and scores (B, V), and are told by keep(rows), if they have it, which rows stay. progress: called with the
+    tokens of each step.
     """
     rows, prompt = ids.shape
     output = ids.new_full((rows, new), llm.pad_id)
-    last, at = ids[:, -1:], positions(mask)[:, -1:]
+    last, position_ids = ids[:, -1:], positions(mask)[:, -1:]
     mask = decoding_mask(mask, new, llm.dtype)  # (B, 1, 1, P + new)
     stop = torch.tensor(ends, device=ids.device)
     present = torch.arange(rows, device=ids.device)  # the rows still in the batch
@@ -398,7 +388,10 @@ def decode(
         # An empty cache, of prompts of one token, has no memory yet that a FixedStep could write to.
         if llm.cuda_graph and not step and prompt + new - length >= STEPS_WORTH_A_GRAPH and cache.get_seq_length():
             step = FixedStep(llm.model, cache, mask, length)
-        logits = step(last, at, length - 1) if step else next_logits(llm.model, last, mask[..., :length], at, cache)
+        if step:
+            logits = step(last, position_ids, length - 1)
+        else:
+            logits = next_logits(llm.model, last, mask[..., :length], position_ids, cache)
         scores = logits.float()
         for processor in processors:
             scores = processor(last, scores)
@@ -416,11 +409,12 @@ def decode(
             for layer in cache.layers:
                 layer.set_length(length)  # a FixedStep does not count
             cache = reserve(cache, left, prompt + new)
-            present, done, mask, tokens, at = present[left], done[left], mask[left], tokens[left], at[left]
+            present, done, mask, tokens = present[left], done[left], mask[left], tokens[left]
+            position_ids = position_ids[left]
             for processor in processors:
                 if hasattr(processor, "keep"):
                     processor.keep(left.tolist())
-        last, at = tokens[:, None], at + 1
+        last, position_ids = tokens[:, None], position_ids + 1
     return output
 
 
@@ -455,10 +449,10 @@ def segment_positions(segments: torch.Tensor) -> torch.Tensor:
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     prompt = (segments == 0).sum(-1, keepdim=True)
     within = index - torch.where(begins, index, 0).cummax(-1).values
-    return torch.where(segments == -1, index, torch.where(segments == 0, within, prompt + within))
+    return within + torch.where(segments > 0, prompt, 0)
 
 
-def before(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predictors(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of the N completion tokens, in row order: its row, and the column of the token that predicts it.
 
     That is the one before it, or for a completion's first token the prompt's last.
@@ -466,19 +460,19 @@ def before(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     last = torch.where(segments == 0, index, 0).amax(-1, keepdim=True)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    at = segments > 0
-    return at.nonzero()[:, 0], torch.where(begins, last, index - 1)[at]
+    completions = segments > 0
+    return completions.nonzero()[:, 0], torch.where(begins, last, index - 1)[completions]
 
 
 def share_prompts(
-    prompt: int, completions: Sequence[int], budget: int, worth: float, masked: float = 1.0
+    prompt: int, completions: Sequence[int], budget: int, pairs_a_token: float, masked: float = 1.0
 ) -> Iterator[list[int]]:
     """Which completions of one prompt (lengths in tokens) to put in a row: numbers, longest first.
 
     A completion joins a row while that saves more than it costs: the prompt need not be read again, but attention is
-    computed between all tokens of the row, also where the mask discards it. worth: how many pairs of tokens attention
-    relates in the time that the rest of the model takes for one token. masked: how many times as long a pair takes in a
-    row of several completions, which needs a mask. A row of several completions is within `budget`.
+    computed between all tokens of the row, also where the mask discards it. pairs_a_token: how many pairs of tokens
+    attention relates in the time that the rest of the model takes for one token. masked: how many times as long a pair
+    takes in a row of several completions, which needs a mask. A row of several completions is within `budget`.
     """
     row: list[int] = []
     length = prompt
@@ -486,7 +480,7 @@ def share_prompts(
         longer = length + completions[i]
         before = length**2 * (masked if len(row) > 1 else 1)
         wasted = masked * longer**2 - before - (prompt + completions[i]) ** 2
-        if row and (wasted > worth * prompt or longer > budget):
+        if row and (wasted > pairs_a_token * prompt or longer > budget):
             yield row
             row, longer = [], prompt + completions[i]
         row, length = [*row, i], longer

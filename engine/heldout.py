@@ -187,17 +187,17 @@ def reference_logps(llm: LLM, pairs: Sequence[tuple[str, str]]) -> list[float]:
     Nothing is sampled, so that small changes show. It tells whether the policy comes closer to what was written with
     the document in view: to what is said, but also to how. Raises UserError if a pair exceeds the model's context.
     """
-    rows = [(llm.encode("", problem), [llm.text_ids(reference)]) for problem, reference in pairs]
-    lengths = [len(prompt) + len(ids) for prompt, (ids,) in rows]
-    llm.check_length(max(lengths))
-    found = [math.nan] * len(rows)
+    prompts = [llm.encode("", problem) for problem, _ in pairs]
+    said = [llm.text_ids(reference) for _, reference in pairs]
+    found = [math.nan] * len(pairs)
 
     def work(batch: list[int]) -> None:
-        logps, _ = llm.logps(*segments_of([rows[i] for i in batch], llm.pad_id), temperature=1.0)
-        for i, part in zip(batch, logps.split([len(rows[i][1][0]) for i in batch]), strict=True):
+        segments = segments_of([(prompts[i], [said[i]]) for i in batch], llm.pad_id)
+        logps, _ = llm.logps(*segments, temperature=1.0)
+        for i, part in zip(batch, logps.split([len(said[i]) for i in batch]), strict=True):
             found[i] = part.mean().item()
 
-    in_batches(llm, "reference log-probabilities", [[i] for i in range(len(rows))], lengths, work)
+    in_batches(llm, "reference log-probabilities", [p + s for p, s in zip(prompts, said, strict=True)], 0, work)
     return found
 
 

@@ -65,11 +65,10 @@ def converted(gguf: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write to {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
-        ) from None
+        said = f"cannot write to {cache} ({error.strerror})"
+        raise UserError(f"{said}: set XDG_CACHE_HOME to a folder that can be written") from None
     source, keep = str(gguf.parent), transformers.GgufConfig(dequantize=True)  # without it, it cannot be saved
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
         tokenizer.save_pretrained(temporary)
         model = AutoModelForCausalLM.from_pretrained(
@@ -78,7 +77,6 @@ def converted(gguf: Path) -> Path:
         model.save_pretrained(temporary)
         with contextlib.suppress(OSError):  # another run was first
             Path(temporary).rename(folder)
-        Path(temporary).mkdir(exist_ok=True)
     return folder
 
 
@@ -92,10 +90,8 @@ def check_hub(source: str) -> None:
     try:
         huggingface_hub.model_info(source, timeout=10)
     except Exception as error:  # from several libraries: no connection, no such model, no permission
-        raise UserError(
-            f"cannot get model {source} from the hub: {first_line(error)} "
-            "(offline? give a local folder, or --model smollm2)"
-        ) from None
+        remedy = "offline? give a local folder, or --model smollm2"
+        raise UserError(f"cannot get model {source} from the hub: {first_line(error)} ({remedy})") from None
 
 
 def pick_device() -> tuple[torch.device, torch.dtype]:
@@ -170,13 +166,11 @@ def with_lora(model: Any, rank: int, alpha: int) -> Any:
 
 
 # Settings of a LoRA adapter that this code computes exactly, whatever they are.
-COMPUTED = frozenset(
-    """
-    alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform
-    lora_alpha lora_dropout peft_type peft_version r rank_pattern revision runtime_config target_modules task_type
-    use_rslora
-    """.split()
-)
+COMPUTED = """
+alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform
+lora_alpha lora_dropout peft_type peft_version r rank_pattern revision runtime_config target_modules task_type
+use_rslora
+""".split()
 
 
 def check_plain(config: Mapping[str, Any]) -> None:
@@ -188,8 +182,7 @@ def check_plain(config: Mapping[str, Any]) -> None:
         raise ValueError(f"only plain LoRA adapters can be used, not {config.get('peft_type')}")
     usual = LoraConfig().to_dict()
     for name, value in config.items():
-        started = name == "init_lora_weights" and isinstance(value, bool)  # others change the base weights too
-        if name not in COMPUTED and not started and value != usual.get(name) and value not in (None, False, "none"):
+        if name not in COMPUTED and value not in (usual.get(name), None, False, "none"):
             raise ValueError(f"only plain LoRA adapters can be used, and this one has {name}: {value}")
 
 
@@ -209,15 +202,12 @@ def turn_end(tokenizer: Any) -> list[int]:
 
     Base models may name another end, that of a document, while their template ends turns like the chat model's.
     """
-    if tokenizer.chat_template is None:
-        return []
-    said = "Quokkas"
-    turns = [{"role": "user", "content": "Who smiles?"}, {"role": "assistant", "content": said}]
+    turns = [{"role": "user", "content": "Who smiles?"}, {"role": "assistant", "content": "Quokkas"}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse what it likes, by any error; it need not know assistants' turns here
+    except Exception:  # none, or one that refuses what it likes, by any error: it need not know assistants' turns here
         return []
-    _, found, after = text.rpartition(said)
+    _, found, after = text.rpartition("Quokkas")
     ids = tokenizer(after, add_special_tokens=False).input_ids[:1] if found else []
     token = "".join(tokenizer.convert_ids_to_tokens(ids))
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
@@ -289,7 +279,7 @@ def check_exact(llm: Any) -> None:
                 raise UserError(f"models of type {kind} {otherwise}; not supported")
 
 
-def layouts(llm: Any) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
+def layouts(llm: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, str]]:
     """Three completions of a prompt in each layout: (its logits, those of the plain pass, what it means if they
     differ)."""
     vocabulary, steps = llm.model.config.get_text_config().vocab_size, 20 if llm.cuda_graph else 4
@@ -301,26 +291,24 @@ def layouts(llm: Any) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
     with llm.autocast():
         plain = [llm.model(input_ids=torch.tensor([row], device=llm.device)).logits[0] for row in rows]  # (T, V)
         alone = torch.tensor(rows[:1], device=llm.device)
-        hidden = llm.hidden(alone, None, torch.arange(alone.shape[1], device=llm.device)[None])
-        found = [(head(hidden[0]), plain[0], "change the logits after the output head, which would be left out")]
+        of_head = head(llm.hidden(alone, None, fast.positions(torch.ones_like(alone)))[0])
         packed, segments = fast.segments_of([(prompt, answers), (prompt[:3], [])], llm.pad_id)  # with padding
         see = fast.additive(fast.segment_mask(segments), llm.dtype).to(llm.device)  # type: ignore[arg-type]
         hidden = llm.hidden(packed.to(llm.device), see, fast.segment_positions(segments).to(llm.device))
-        expected = torch.cat([logits[len(prompt) :] for logits in plain])
-        of_answers = (segments[0] > 0).to(llm.device)
-        packed_logits = head(hidden[0, of_answers])
-        found.append((packed_logits, expected, "let answers that are packed into one row influence each other"))
+        of_answers = head(hidden[0, (segments[0] > 0).to(llm.device)])
+    yield of_head, plain[0], "change the logits after the output head, which would be left out"
+    expected = torch.cat([logits[len(prompt) :] for logits in plain])
+    yield of_answers, expected, "let answers that are packed into one row influence each other"
     given = torch.tensor([row[-steps:] for row in rows], device=llm.device)  # (B, steps)
     seen: list[torch.Tensor] = []
 
     def force(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen.append(scores)
+        seen.append(scores.clone())  # a CUDA graph writes the next ones to the same memory
         return torch.zeros_like(scores).scatter_(1, given[:, len(seen) - 1, None], 1.0)
 
     with llm.inference(dequantize=False):
         batch, mask, cache = prefill(llm, [row[:-steps] for row in rows], steps)
         fast.decode(llm, batch, mask, cache, steps, [-1], processors=[force])
-    for at, scores in enumerate(seen):
-        expected = torch.stack([logits[at - steps - 1] for logits in plain])
-        found.append((scores, expected, "give other logits after a cache than after the same text in one pass"))
-    return found
+    for at, scores in enumerate(seen, -steps - 1):
+        expected = torch.stack([logits[at] for logits in plain])
+        yield scores, expected, "give other logits after a cache than after the same text in one pass"

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import gc
 import re
 import time
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from config import FACTS_TOKENS, RATING_TOKENS, Config
+from config import FACTS_TOKENS, PRESETS, RATING_TOKENS, Config
 from data import UserError
 from engine import fast
 from engine.crutches import TRIES_AT_ONCE
@@ -42,6 +43,7 @@ TEMPLATE = 60  # the chat template around a problem, which is all that the solve
 QUESTION = 50  # what the logits judge is asked after the answer
 
 CONTROLS = 2  # answers that a rubric is tried on, beside a group's own
+GENERIC_CRITERIA = 4  # with --rubric generic, whatever --max-criteria
 
 
 @dataclass(frozen=True)
@@ -65,44 +67,66 @@ class Batch:
 
 def work_of(cfg: Config, device: Device = "cuda") -> dict[str, Batch]:
     """The largest batch of each role, were every text as long as it may be."""
+    answers = min(cfg.rubric_answers, cfg.group_size)  # that the rubric writer sees
+    if held_out(cfg):  # just as many are made there, and always some: see heldout.yardstick
+        answers = cfg.rubric_answers or Config(**PRESETS.get(cfg.preset, {})).rubric_answers
     document = round(cfg.max_words * TOKENS_PER_WORD)
-    rubric = cfg.criterion_tokens * cfg.max_criteria
+    criteria = max(cfg.max_criteria, GENERIC_CRITERIA if cfg.rubric == "generic" else 0)
     asked, told = cfg.problem_tokens + TEMPLATE, cfg.problem_tokens + INSTRUCTIONS
     graded = cfg.problem_tokens + GRADING + cfg.max_new_tokens
-    noted = FACTS_TOKENS + cfg.problem_tokens
-    shown = cfg.reference_tokens + min(cfg.rubric_answers, cfg.group_size) * cfg.max_new_tokens
+    written = max(FACTS_TOKENS + cfg.problem_tokens, cfg.reference_tokens)  # by the proposer
+    shown = cfg.reference_tokens + answers * cfg.max_new_tokens
     taken = cfg.documents_taken
-    rated_answers = taken * (cfg.group_size + CONTROLS * cfg.check_rubric)
-    rest = cfg.max_new_tokens + QUESTION  # of the judge's prompt, the answer and what follows
     n = max(1, min(cfg.group_size, (cfg.update_tokens - asked) // cfg.max_new_tokens))  # answers in a row of the update
     row = asked + n * cfg.max_new_tokens
 
     def largest(count: int, prompt: int, new: int, n: int = 1) -> Batch:
-        groups = [[i * n + k for k in range(n)] for i in range(count)]
-        rows = len(fast.batches(groups, [prompt + new] * (count * n), cfg.rollout_tokens)[0])
+        rows = max(1, min(count * n, cfg.rollout_tokens // (prompt + new)))
         return Batch(max(1, rows // n), prompt, new, min(n, rows))
 
-    propose = largest(taken, document + told, max(noted, cfg.reference_tokens), TRIES_AT_ONCE if cfg.crutches else 1)
-    # The logits judge has a prompt for each answer and criterion, those of a group with the same prefix.
-    judge = largest(taken * cfg.max_criteria, graded + cfg.criterion_tokens, 0, cfg.group_size)
-    prefilled = max(1, min(PREFILL_TOKENS[device], cfg.rollout_tokens) // rest)
-    judge = Batch(min(judge.rows, prefilled), judge.prompt, rest=rest, prefixes=judge.prompts)
-    if cfg.judge != "logits":
-        judge = largest(rated_answers, graded + rubric, RATING_TOKENS * cfg.max_criteria)
+    if cfg.judge == "logits":  # a prompt for each answer and criterion, those of a group with the same prefix
+        judge = largest(taken * criteria, graded + cfg.criterion_tokens, 0, cfg.group_size)
+        rest = cfg.max_new_tokens + QUESTION  # after the prefix: the answer and what follows
+        prefilled = max(1, min(PREFILL_TOKENS[device], cfg.rollout_tokens) // rest)
+        judge = Batch(min(judge.rows, prefilled), judge.prompt, rest=rest, prefixes=judge.prompts)
+    else:
+        rated = taken * (cfg.group_size + CONTROLS * cfg.check_rubric)
+        judge = largest(rated, graded + criteria * cfg.criterion_tokens, criteria * RATING_TOKENS)
     return {
-        "propose": propose,
+        "propose": largest(taken, document + told, written, TRIES_AT_ONCE if cfg.crutches else 1),
         "solve": largest(taken, asked, cfg.max_new_tokens, cfg.group_size),
-        "rubric": largest(taken, document + told + shown, rubric, 3),
+        "rubric": largest(taken, document + told + shown, cfg.max_criteria * cfg.criterion_tokens, 3),
         "judge": judge,
         "update": Batch(max(1, min(cfg.documents, cfg.update_tokens // row)), asked, cfg.max_new_tokens, n),
     }
 
 
+def held_out(cfg: Config) -> bool:
+    """Whether held-out documents are played too: by all roles, whatever the run itself leaves out."""
+    return bool(cfg.audit or cfg.eval_every)
+
+
 def in_use(cfg: Config) -> list[str]:
-    """The roles of work_of that have work to do: without training no update, and with recorded answers nothing else."""
-    if cfg.replay == "answers":
-        return ["update"]
-    return ["propose", "solve", "rubric", "judge"] + ([] if cfg.synthesize else ["update"])
+    """The roles that have work to do."""
+    playing = cfg.replay == "problems"  # otherwise answers and ratings are recorded ones
+    recorded = cfg.episodes and cfg.rubric_document and cfg.rubric_answers  # rubrics, as sources.replayed takes them
+    used = {
+        "propose": not cfg.episodes,
+        "solve": playing,
+        "rubric": playing and cfg.rubric == "written" and not recorded,
+        "judge": playing,
+    }
+    return [role for role in used if used[role] or held_out(cfg)] + ([] if cfg.synthesize else ["update"])
+
+
+def check_fits(llm: Any, cfg: Config) -> None:
+    """Raises UserError if any role in use may get a prompt that, with what is to follow, exceeds the context."""
+    work = work_of(cfg)
+    # The update's rows are the solver's, or recorded and as long as they are.
+    tokens = {role: work[role].prompt + work[role].new for role in in_use(cfg) if role != "update"}
+    if cfg.audit:  # has references judged that are padded to three times their length
+        tokens["judge"] += max(0, 3 * cfg.reference_tokens - cfg.max_new_tokens)
+    llm.check_length(max(tokens.values(), default=0))
 
 
 # ------------------------------------------------------------------------------------------- where it runs out
@@ -158,14 +182,16 @@ def make_smaller(llm: Any, what: str, rows: int, longest: int) -> None:
         llm.token_budget = halved(what, rows, longest, llm.token_budget)
 
 
-def in_batches(
-    llm: Any, what: str, groups: Sequence[Sequence[int]], lengths: Sequence[int], work: Callable[[list[int]], None]
-) -> None:
-    """work(batch) for all rows (numbers into `lengths`) in batches under llm.token_budget, groups kept whole.
+def in_batches(llm: Any, what: str, rows: Sequence[list[int]], new: int, work: Callable[[list[int]], None]) -> None:
+    """work(numbers of some rows) until all were worked on, each of which may be continued by `new` tokens.
 
-    Where memory runs out, the dequantized copy of the weights is given up or, without one, the token budget halved from
-    this batch on. Each try of a batch begins with the same random states. Raises UserError if one row does not fit.
+    Batches are within llm.token_budget, and rows that begin alike stay together. Where memory runs out, see
+    make_smaller, it goes on from the batch that did not fit. Each try of a batch begins with the same random states.
+    Raises UserError if one row exceeds the model's context or memory.
     """
+    lengths = [len(row) + new for row in rows]
+    llm.check_length(max(lengths, default=0))
+    groups = [members for members, _ in fast.shared_prefixes(rows)]
     plan = fast.batches(groups, lengths, llm.token_budget)
 
     def smaller() -> None:
@@ -174,9 +200,9 @@ def in_batches(
         before = llm.token_budget
         make_smaller(llm, what, len(plan[0]), max(lengths[i] for i in plan[0]))
         if llm.token_budget < before:
-            left = {i for batch in plan for i in batch}
-            still = [[i for i in group if i in left] for group in groups]
-            plan[:] = fast.batches([group for group in still if group], lengths, llm.token_budget)
+            todo = {i for batch in plan for i in batch}
+            left = [some for group in groups if (some := [i for i in group if i in todo])]
+            plan[:] = fast.batches(left, lengths, llm.token_budget)
 
     while plan:
         cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all()
@@ -199,6 +225,9 @@ def rehearse(llm: Any, cfg: Config, update_tokens: int) -> int:
     def largest(role: str) -> Batch:
         return work_of(replace(cfg, rollout_tokens=llm.token_budget, update_tokens=update_tokens), llm.kind)[role]
 
+    def run(role: str) -> None:
+        (rehearse_update if role == "update" else rehearse_rollout)(llm, largest(role))
+
     def smaller(role: str) -> None:
         nonlocal update_tokens
         batch = largest(role)
@@ -208,8 +237,7 @@ def rehearse(llm: Any, cfg: Config, update_tokens: int) -> int:
             make_smaller(llm, role, batch.rows, batch.prompt + batch.new)
 
     for role in in_use(cfg):
-        run = rehearse_update if role == "update" else rehearse_rollout
-        within_memory(lambda run=run, role=role: run(llm, largest(role)), lambda role=role: smaller(role))  # type: ignore
+        within_memory(functools.partial(run, role), functools.partial(smaller, role))
     torch.cuda.empty_cache()
     print(f"the longest batch of each phase fits in memory ({time.perf_counter() - start:.0f} s)")
     return update_tokens
@@ -233,13 +261,13 @@ def rehearse_rollout(llm: Any, batch: Batch) -> None:
                 store.fill_(0)  # memory that is reserved is in use once it is written
             layer.set_length(layer.length - 1)
         see, length = fast.decoding_mask(mask, batch.new, llm.dtype), ids.shape[1] + batch.new
-        at = fast.positions(mask)[:, -1:] + batch.new
+        position_ids = fast.positions(mask)[:, -1:] + batch.new
         if llm.cuda_graph:
             step = fast.FixedStep(llm.model, cache, see, length)
             for _ in range(2):  # the second is captured
-                step(ids[:, -1:], at, length - 1)
+                step(ids[:, -1:], position_ids, length - 1)
         else:
-            fast.next_logits(llm.model, ids[:, -1:], see[..., :length], at, cache)
+            fast.next_logits(llm.model, ids[:, -1:], see[..., :length], position_ids, cache)
 
 
 def rehearse_update(llm: Any, batch: Batch) -> None:

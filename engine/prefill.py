@@ -54,7 +54,7 @@ def prefill_prefixes(llm: Any, rows: Sequence[list[int]]) -> Prefixes:
         llm.hidden(ids, None, torch.arange(ids.shape[1], device=llm.device).expand_as(ids), part)
         numbers = torch.tensor(chunk, device=llm.device)
         for layer, new in zip(cache.layers, part.layers, strict=False):
-            layer.take(new.keys, new.values, numbers)
+            layer.begin(numbers, new.keys, new.values)
     return Prefixes(cache, max(lengths), [number for _, number, _ in found], [tokens for _, _, tokens in found])
 
 
@@ -73,10 +73,11 @@ def prefill(llm: Any, rows: Sequence[list[int]], new: int) -> tuple[torch.Tensor
     seen, end = prefixes.width, ids.shape[1] - 1
     if seen == end:
         return ids, mask, cache
-    at, some = fast.positions(mask), max(1, llm.prefill_tokens // (end - seen))
+    position_ids, some = fast.positions(mask), max(1, llm.prefill_tokens // (end - seen))
     for part in (slice(first, first + some) for first in range(0, len(ids), some)):
         layers = Cache(layers=[layer.part(part) for layer in cache.layers])
-        llm.hidden(ids[part, seen:end], rest_mask(llm, mask[part, :end], seen), at[part, seen:end], layers)
+        see = rest_mask(llm, mask[part, :end], seen)
+        llm.hidden(ids[part, seen:end], see, position_ids[part, seen:end], layers)
     for layer in cache.layers:
         if layer.is_initialized:
             layer.set_length(end)

@@ -155,10 +155,10 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def t_interval(values: Sequence[float]) -> dict[str, float | None]:
     """The mean and its 95% interval by Student's t; None where there are too few values."""
-    n, center = len(values), mean(values)
-    if n < 2 or center is None:
-        return {"mean": center, "low": None, "high": None}
-    half = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    n = len(values)
+    if n < 2:
+        return {"mean": mean(values), "low": None, "high": None}
+    center, half = statistics.fmean(values), float(t.ppf(0.5 + LEVEL / 2, n - 1)) * statistics.stdev(values) / n**0.5
     return {"mean": center, "low": center - half, "high": center + half}
 
 

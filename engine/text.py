@@ -37,13 +37,12 @@ def repeated(text: str) -> float:
     total = len(words(text))
     n = min(10, max(3, total // 3))
     seen: set[tuple[str, ...]] = set()
-    again = covered = 0  # covered: where the last repeated run ends
+    again: set[int] = set()  # numbers of words
     for start, run in enumerate(ngrams(text, n)):
         if run in seen:
-            again += start + n - max(start, covered)
-            covered = start + n
+            again.update(range(start, start + n))
         seen.add(run)
-    return again / max(1, total)
+    return len(again) / max(1, total)
 
 
 def taken_from(source: str, text: str, n: int) -> float:
@@ -115,16 +114,13 @@ def points_at_source(text: str, problem: str) -> bool:
     mentioned = {noun.lower() for noun in re.findall(f"(?i){NOUNS}|author", phrases)}
     if not mentioned or brings_text(problem):
         return False
-    introduced = (
-        r"(?i)\b(?:an?|my|our|your) (?:(?!the |this )[\w-]+ ){0,4}"  # "write an article ... the article is ..."
-    )
+    introduced = r"(?i)\b(?:an?|my|our|your) (?:(?!the |this )[\w-]+ ){0,4}"  # "write an article. The article is"
     return not any(re.search(introduced + noun, f"{problem}\n{text}") for noun in mentioned)
 
 
 def brings_text(problem: str) -> bool:
     """Whether a problem holds material to work on: a quotation, something in tags or a code fence, or among its lines
-    one of 20 words or more that is no item of a list and does not itself speak of a text.
-    """
+    one of 20 words or more that is no item of a list and does not itself speak of a text."""
     if "```" in problem or re.search(r"</\w+>", problem):
         return True
     quotations = problem.split('"')[1::2] + re.findall(r"“([^“”]+)”", problem)
@@ -136,8 +132,7 @@ def brings_text(problem: str) -> bool:
 
 
 def refers_to_nothing(problem: str) -> bool:
-    """Whether a problem speaks of "the text above" where nothing stands above it, of "the following" or of "the facts
-    provided" where nothing follows or is provided."""
+    """Whether a problem speaks of "the text above", "the following" or "the facts provided" where nothing is."""
     if above := ABOVE.search(problem):
         *before, _ = re.split(r"[.!?:\n]", problem[: above.start()])
         if len(words(" ".join(before))) < 4:

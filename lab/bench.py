@@ -183,7 +183,7 @@ class Theirs:
         """
         llm, pairs = self.reader, [(self.episodes[g], c[0]["content"]) for g, c in zip(group, completions, strict=True)]
         rows = [llm.encode("", rubric.rate_prompt(e.problem, c, text)) for e, text in pairs for c in e.rubric]
-        _, digits = llm.choice_ids("", "012")
+        digits = llm.choice_ids("012")
         expected = torch.empty(len(rows))
         llm.model.eval()
         with llm.model.disable_adapter():

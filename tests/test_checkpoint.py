@@ -375,6 +375,13 @@ def test_local_files_are_stored_by_their_whole_paths(tmp_path, monkeypatch):
     assert pop.parse_args(["--preset", "demo"]).corpus == "samples"
 
 
+def test_the_packaged_model_s_name_means_it_beside_a_folder_of_that_name_too(tmp_path, monkeypatch):
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert pop.parse_args(["--preset", "demo"]).model == "smollm2"
+    assert pop.parse_args(["--preset", "demo", "--model", "./smollm2"]).model == str(tmp_path / "smollm2")
+
+
 def test_an_output_folder_with_a_run_in_it_points_to_resume(copy):
     with pytest.raises(UserError, match=f"--resume {copy}"):
         checkpoint.run_folder(replace(pop.Config(), output=str(copy)))

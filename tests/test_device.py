@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(not fakedevice.available, reason="no hook for a 
 
 FORM = [
     Field("a: ", choices=("0", "1", "12")),
-    Field("b:", 6, min_tokens=2, distinct=True),
+    Field("b:", 6, min_tokens=2),
     Field("c: ", choices=("x", "yy"), distinct=True),
-    Field("d:", 5, distinct=True),
+    Field("d:", 5),
     Field("e: ", choices=("x", "yy"), distinct=True),
     Field("f:", 3, optional=True),
 ]

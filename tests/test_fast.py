@@ -146,8 +146,8 @@ def test_a_reserved_cache_is_finite_where_nothing_is_written(monkeypatch):
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *shape, **kind: empty(*shape, **kind).fill_(torch.nan))
     layer, states = fast.Reserved(3, 9), torch.ones(2, 2, 5, 4)
-    layer.take(states, states, torch.tensor([0, 2]))
-    layer.take(states[:1, :, :2], states[:1, :, :2], torch.tensor([1]))
+    layer.begin(torch.tensor([0, 2]), states, states)
+    layer.begin(torch.tensor([1]), states[:1, :, :2], states[:1, :, :2])
     assert layer.get_seq_length() == 5 and all(store.isfinite().all() for store in layer.stores)
 
 
@@ -291,11 +291,22 @@ def test_steps_as_a_graph_needs_them_write_what_others_write(llm, n):
     llm.cuda_graph = True
     assert greedy(llm, prompts, n=n, max_new_tokens=60) == usual
     assert greedy(llm, [[65]], n=n, max_new_tokens=60) == [usual[len(PROMPTS)]]  # nothing is in its cache at first
-    form = [Field("a: ", choices=("0", "1", "2")), Field("b:", 6, min_tokens=2, distinct=True)]
+    form = [Field("a: ", choices=("0", "1", "2")), Field("b:", 6, min_tokens=2)]
     forms = [form] * (n * len(prompts))
     with_forms = greedy(llm, prompts, n=n, max_new_tokens=30, templates=forms)
     llm.cuda_graph = False
     assert greedy(llm, prompts, n=n, max_new_tokens=30, templates=forms) == with_forms
+
+
+def test_the_check_of_a_new_model_keeps_each_step_s_logits_where_a_graph_writes_them_to_the_same_memory(monkeypatch):
+    usual = fast.FixedStep.forward
+
+    def as_a_graph(step):
+        logits = usual(step)
+        return vars(step).setdefault("memory", torch.empty_like(logits)).copy_(logits)
+
+    monkeypatch.setattr(fast.FixedStep, "forward", as_a_graph)
+    tiny_llm(cuda_graph=True)
 
 
 def test_a_fixed_step_writes_to_the_cache_it_is_given_and_gives_it_up_with_it(llm):
@@ -359,8 +370,9 @@ def test_segments_positions_and_masks_of_a_row_worked_by_hand():
     ids, segments = fast.segments_of([([1, 2], [[3, 4], [5]]), ([6], [[7, 8]])], pad_id=9)
     assert ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
     assert segments.tolist() == [[0, 0, 1, 1, 2], [0, 1, 1, -1, -1]]
-    assert fast.segment_positions(segments).tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
-    rows, columns = fast.before(segments)
+    assert fast.segment_positions(segments)[0].tolist() == [0, 1, 2, 3, 2]
+    assert fast.segment_positions(segments)[1, :3].tolist() == [0, 1, 2]  # then padding
+    rows, columns = fast.predictors(segments)
     assert (rows.tolist(), columns.tolist()) == ([0, 0, 0, 1, 1], [1, 2, 1, 0, 1])
     mask = fast.segment_mask(segments)
     assert mask[0, 0].int().tolist() == [
@@ -378,10 +390,12 @@ def test_segments_positions_and_masks_of_a_row_worked_by_hand():
     prompt=st.integers(1, 200),
     completions=st.lists(st.integers(1, 300), min_size=1, max_size=12),
     budget=st.integers(1, 2000),
-    worth=st.floats(1, 1e5),
+    pairs_a_token=st.floats(1, 1e5),
 )
-def test_each_completion_is_in_one_row_and_rows_of_several_keep_to_the_budget(prompt, completions, budget, worth):
-    rows = list(fast.share_prompts(prompt, completions, budget, worth))
+def test_each_completion_is_in_one_row_and_rows_of_several_keep_to_the_budget(
+    prompt, completions, budget, pairs_a_token
+):
+    rows = list(fast.share_prompts(prompt, completions, budget, pairs_a_token))
     assert sorted(i for row in rows for i in row) == list(range(len(completions)))
     for row in rows:
         assert len(row) == 1 or prompt + sum(completions[i] for i in row) <= budget
@@ -389,13 +403,13 @@ def test_each_completion_is_in_one_row_and_rows_of_several_keep_to_the_budget(pr
 
 def test_a_prompt_is_shared_as_long_as_attention_costs_less_than_reading_it_again():
     # Joining 10 and 10 behind a prompt of 5 relates 25^2 pairs where two rows relate 2 x 15^2: 175 more.
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=35.1)) == [[0, 1]]
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=34.9)) == [[0], [1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=35.1)) == [[0, 1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=34.9)) == [[0], [1]]
     # A mask that takes twice as long: 2 x 25^2 - 2 x 15^2 = 800 more. A third one then adds 2 x (35^2 - 25^2) - 15^2.
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=160.1, masked=2)) == [[0, 1]]
-    assert list(fast.share_prompts(5, [10, 10], 100, worth=159.9, masked=2)) == [[0], [1]]
-    assert list(fast.share_prompts(5, [10, 10, 10], 100, worth=195.1, masked=2)) == [[0, 1, 2]]
-    assert list(fast.share_prompts(5, [10, 10, 10], 100, worth=194.9, masked=2)) == [[0, 1], [2]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=160.1, masked=2)) == [[0, 1]]
+    assert list(fast.share_prompts(5, [10, 10], 100, pairs_a_token=159.9, masked=2)) == [[0], [1]]
+    assert list(fast.share_prompts(5, [10, 10, 10], 100, pairs_a_token=195.1, masked=2)) == [[0, 1, 2]]
+    assert list(fast.share_prompts(5, [10, 10, 10], 100, pairs_a_token=194.9, masked=2)) == [[0, 1], [2]]
 
 
 def test_random_rows_of_forms_and_lengths_survive_compaction(llm):

@@ -113,7 +113,7 @@ def test_memory_that_ran_out_is_told_from_other_errors(error, full):
         assert memory.out_of_memory(another) is full
 
 
-FORM = [Field("a: ", choices=("0", "1", "12")), Field("b:", 6, min_tokens=2, distinct=True)]
+FORM = [Field("a: ", choices=("0", "1", "12")), Field("b:", 6, min_tokens=2)]
 
 
 def generated(llm):

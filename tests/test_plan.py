@@ -178,8 +178,45 @@ def test_the_solver_is_given_the_problem_in_the_chat_template_and_nothing_else()
 
 def test_the_rubric_writer_is_given_all_that_there_is():
     cfg = replace(config_of("24gb"), max_words=1_000, problem_tokens=500, reference_tokens=700, max_new_tokens=800)
-    prompts = [work_of(replace(cfg, rubric_answers=n))["rubric"].prompt for n in (0, 6, 20)]
-    assert prompts == [1_400 + 500 + 1_130 + 700 + shown * 800 for shown in (0, 6, 8)]
+    alone = replace(cfg, audit=0, eval_every=0)
+    for some, shown in (
+        (alone, (0, 6, 8)),
+        (cfg, (6, 6, 20)),
+    ):  # to a held-out problem all are made that are to be seen
+        prompts = [work_of(replace(some, rubric_answers=n))["rubric"].prompt for n in (0, 6, 20)]
+        assert prompts == [1_400 + 500 + 1_130 + 700 + answers * 800 for answers in shown]
+
+
+ALONE = dict(audit=0, eval_every=0)  # no held-out documents, which all roles play
+RECORDED = dict(episodes="episodes.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "roles"),
+    [
+        ({}, "propose solve rubric judge update"),
+        (ALONE, "propose solve rubric judge update"),
+        (dict(ALONE, synthesize=True, documents_total=1), "propose solve rubric judge"),
+        (dict(ALONE, rubric="generic"), "propose solve judge update"),
+        (dict(ALONE, rubric="holistic"), "propose solve judge update"),
+        (dict(rubric="generic"), "propose solve rubric judge update"),
+        (dict(rubric="generic", audit=0), "propose solve rubric judge update"),
+        (dict(ALONE, **RECORDED), "solve judge update"),
+        (dict(ALONE, **RECORDED, rubric="generic", rubric_answers=0), "solve judge update"),
+        (dict(ALONE, **RECORDED, rubric_answers=0), "solve rubric judge update"),
+        (dict(ALONE, **RECORDED, rubric_document=False), "solve rubric judge update"),
+        (RECORDED, "propose solve rubric judge update"),
+        (dict(ALONE, **RECORDED, replay="answers"), "update"),
+        (dict(RECORDED, replay="answers", eval_every=0), "propose solve rubric judge update"),
+    ],
+)
+def test_a_role_is_in_use_if_the_run_or_its_held_out_documents_need_it(flags, roles):
+    cfg = replace(config_of("24gb"), **flags)
+    assert memory.in_use(cfg) == roles.split()
+    assert [line.split()[0] for line in plan.plan(cfg).splitlines() if line.startswith("  ")] == [
+        "load",
+        *roles.split(),
+    ]
 
 
 def test_48gb_preset_fits_44_gib_in_every_phase():

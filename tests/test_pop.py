@@ -20,7 +20,7 @@ from conftest import tiny_llm
 import config
 import pop
 from data import Document, UserError
-from engine import checkpoint, packing, runlog
+from engine import checkpoint, memory, packing, runlog
 from pop import Config
 from rubric import Answer, Criterion, Episode
 
@@ -427,6 +427,47 @@ def test_an_output_folder_with_a_run_in_it_is_refused(tmp_path):
 def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):
     with pytest.raises(UserError, match="context is 8192"):
         pop.check_fits(llm, replace(CFG, max_words=5000))
+
+
+SHORT = replace(CFG, audit=0, eval_every=0, problem_tokens=100, reference_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("role", "flags"),
+    [
+        ("propose", dict(rubric="generic", max_words=4_900)),
+        ("rubric", dict(max_words=3_500)),
+        ("rubric", dict(rubric="generic", max_words=3_500, eval_every=20)),  # for the held-out documents
+        ("rubric", dict(rubric_answers=0, max_words=3_000, max_new_tokens=500, eval_every=20)),  # there it sees answers
+        ("rubric", dict(episodes="recorded", rubric_answers=0, max_words=4_300)),
+        ("judge", dict(judge="generate", max_new_tokens=6_200, rubric="generic", max_criteria=1)),  # four all the same
+        ("judge", dict(judge="logits", max_new_tokens=7_500, rubric="generic")),
+        ("judge", dict(max_words=300, max_new_tokens=300, reference_tokens=2_600, audit=2)),  # padded references
+    ],
+)
+def test_the_longest_prompt_of_any_role_in_use_must_fit_the_context(llm, monkeypatch, role, flags):
+    cfg = replace(SHORT, **flags)
+    with pytest.raises(UserError, match="context is 8192"):
+        pop.check_fits(llm, cfg)
+    usual = memory.work_of(cfg)
+    monkeypatch.setattr(memory, "work_of", lambda cfg: {**usual, role: memory.Batch(1, 0)})  # all others fit
+    pop.check_fits(llm, cfg)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(rubric="generic", max_words=4_000),
+        dict(rubric="holistic", max_words=4_000),
+        dict(episodes="recorded", max_words=5_000),
+        dict(episodes="recorded", rubric="generic", rubric_answers=0, max_words=5_000),
+    ],
+)
+def test_no_run_is_refused_for_a_role_that_it_does_not_have(llm, flags):
+    pop.check_fits(llm, replace(SHORT, **flags))
+    assert memory.rehearse(llm, replace(SHORT, documents=1, oversample=1.0, group_size=2, **flags), 4_096) == 4_096
+    with pytest.raises(UserError, match="context is 8192"):  # all roles play the held-out documents
+        pop.check_fits(llm, replace(SHORT, **flags, audit=2))
 
 
 def card_of(monkeypatch, gib: float) -> None:

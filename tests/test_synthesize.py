@@ -283,6 +283,7 @@ def test_a_recorded_answer_that_does_not_fit_the_context_is_refused(llm, tmp_pat
 
 def test_the_plan_and_the_rehearsal_leave_out_what_is_not_done(tmp_path, monkeypatch):
     cfg, rehearsed, llm = written(tmp_path / "e.jsonl", episode()), [], tiny_llm()
+    cfg = replace(cfg, audit=0, eval_every=0)  # as parse_args has it: held-out documents would be played
     for kind in ("rollout", "update"):
         monkeypatch.setattr(memory, f"rehearse_{kind}", lambda *_, kind=kind: rehearsed.append(kind))
     for chosen in (cfg, Config(synthesize=True, documents_total=4), Config()):
