@@ -421,20 +421,12 @@ def main(argv: Sequence[str]) -> int:
     if cfg.episodes:
         sources.recording(cfg)
     run = parallel.by_first(lambda: checkpoint.run_folder(cfg))
-    llm = load(
-        cfg.model,
-        **cfg.loading,
-        lora_r=cfg.lora_r,
-        lora_alpha=2 * cfg.lora_r,
-        token_budget=cfg.rollout_tokens,
-        recompute=cfg.recompute,
-    )
-    check_fits(llm, cfg)
-    replayed = "problems and rubrics" if cfg.replay == "problems" else "answers and ratings"
-    source = (
-        f"{replayed} from {cfg.episodes}" if cfg.episodes else f"documents from {corpus.name} {corpus.listing}".strip()
-    )
-    print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {source}; results in {run}/")
+    trained: dict[str, Any] = {"lora_r": cfg.lora_r, "lora_alpha": 2 * cfg.lora_r, "recompute": cfg.recompute}
+    llm = load(cfg.model, token_budget=cfg.rollout_tokens, **cfg.loading, **trained)
+    if cfg.replay == "answers":
+        sources.check_tokens(llm, cfg)
+    memory.check_fits(llm, cfg)
+    print(f"{cfg.model} in {cfg.load_in} on {llm.device}; {sources.told(corpus, cfg)}; results in {run}/")
     print(runlog.amount(cfg, len(sources.recording(cfg).episodes) if cfg.episodes else 0))
     try:
         with checkpoint.locked(run) if parallel.is_first() else contextlib.nullcontext():
@@ -444,13 +436,6 @@ def main(argv: Sequence[str]) -> int:
         return RESUMABLE
     print(runlog.where_to_look(cfg, run))
     return 0
-
-
-def check_fits(llm: LLM, cfg: Config) -> None:
-    """Raises UserError if the longest prompt of a role in use or a recorded answer does not fit the context."""
-    if cfg.replay == "answers":
-        sources.check_tokens(llm, cfg)
-    memory.check_fits(llm, cfg)
 
 
 if __name__ == "__main__":

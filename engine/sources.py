@@ -49,6 +49,13 @@ def replayed(documents: Sequence[Document], cfg: Config) -> list[Episode]:
     return [Episode(e.document, e.problem, e.reference, rubric=list(e.rubric) if written else []) for e in found]
 
 
+def told(corpus: Corpus, cfg: Config) -> str:
+    """What the run is made of, for its first line."""
+    if not cfg.episodes:
+        return f"documents from {corpus.name} {corpus.listing}".strip()
+    return f"{'problems and rubrics' if cfg.replay == 'problems' else 'answers and ratings'} from {cfg.episodes}"
+
+
 def check_tokens(llm: LLM, cfg: Config) -> None:
     """Raises UserError unless the recorded answers are tokens of this model, and fit its context."""
     episodes = list(recording(cfg).episodes.values())

@@ -426,7 +426,7 @@ def test_an_output_folder_with_a_run_in_it_is_refused(tmp_path):
 
 def test_a_prompt_that_cannot_fit_the_context_is_refused_before_training(llm):
     with pytest.raises(UserError, match="context is 8192"):
-        pop.check_fits(llm, replace(CFG, max_words=5000))
+        memory.check_fits(llm, replace(CFG, max_words=5000))
 
 
 SHORT = replace(CFG, audit=0, eval_every=0, problem_tokens=100, reference_tokens=200)
@@ -448,10 +448,10 @@ SHORT = replace(CFG, audit=0, eval_every=0, problem_tokens=100, reference_tokens
 def test_the_longest_prompt_of_any_role_in_use_must_fit_the_context(llm, monkeypatch, role, flags):
     cfg = replace(SHORT, **flags)
     with pytest.raises(UserError, match="context is 8192"):
-        pop.check_fits(llm, cfg)
+        memory.check_fits(llm, cfg)
     usual = memory.work_of(cfg)
     monkeypatch.setattr(memory, "work_of", lambda cfg: {**usual, role: memory.Batch(1, 0)})  # all others fit
-    pop.check_fits(llm, cfg)
+    memory.check_fits(llm, cfg)
 
 
 @pytest.mark.parametrize(
@@ -464,10 +464,10 @@ def test_the_longest_prompt_of_any_role_in_use_must_fit_the_context(llm, monkeyp
     ],
 )
 def test_no_run_is_refused_for_a_role_that_it_does_not_have(llm, flags):
-    pop.check_fits(llm, replace(SHORT, **flags))
+    memory.check_fits(llm, replace(SHORT, **flags))
     assert memory.rehearse(llm, replace(SHORT, documents=1, oversample=1.0, group_size=2, **flags), 4_096) == 4_096
     with pytest.raises(UserError, match="context is 8192"):  # all roles play the held-out documents
-        pop.check_fits(llm, replace(SHORT, **flags, audit=2))
+        memory.check_fits(llm, replace(SHORT, **flags, audit=2))
 
 
 def card_of(monkeypatch, gib: float) -> None:
