@@ -7,23 +7,26 @@ above another problem's reference can tell the subject, and no more.
 """
 
 import argparse
+import math
 import random
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import kendalltau
 
 import model
 import rubric
 from benchmarks.results import estimate
 from config import Config, parse_args
-from data import Answer, Episode, UserError
-from engine import stats
-from engine.sources import Recording
+from data import Answer, Episode, UserError, read_episodes
+from engine import heldout, stats
+from engine.parsing import final_answer
 from engine.text import words
 
 JUDGES = ("logits", "generate", "each", "holistic")
@@ -64,22 +67,42 @@ def seen(llm: model.LLM, episodes: Sequence[Episode], judge: str, cfg: Config) -
 
     Answers whose ratings could not be read are left out. The mean is the AUC of pairs from the same problem.
     """
-    how: dict[str, Any] = {"judge": judge} if judge != "holistic" else {"judge": "logits", "rubric": "holistic"}
-    cfg = replace(cfg, **how)
     tried = []
     for e, other in zip(episodes, [*episodes[1:], *episodes[:1]], strict=True):
         texts = [e.reference, *(worse(e, other) or "" for worse in WORSE.values())]
         criteria = rubric.OVERALL if judge == "holistic" else e.rubric
         tried.append(replace(e, rubric=list(criteria), answers=[Answer(t) for t in texts], controls=[], failures=[]))
-    rubric.judge(llm, tried, cfg)
     found: dict[str, list[float]] = {name: [] for name in WORSE}
-    for e in tried:
-        best, *others = [
-            None if a.ratings is None or not a.text else rubric.grade(a.ratings, e.rubric) for a in e.answers
-        ]
+    for e, grades in zip(tried, graded(llm, tried, judge, cfg), strict=True):
+        best, *others = [grade if a.text else None for a, grade in zip(e.answers, grades, strict=True)]
         for name, grade in zip(WORSE, others, strict=True):
             if best is not None and grade is not None:
                 found[name].append(0.5 if abs(best - grade) < 1e-6 else float(best > grade))
+    return found
+
+
+def graded(llm: model.LLM, episodes: Sequence[Episode], judge: str, cfg: Config) -> list[list[float | None]]:
+    """The grades that a way of judging gives to the answers of each episode; None where no rating could be read."""
+    how: dict[str, Any] = {"judge": judge} if judge != "holistic" else {"judge": "logits", "rubric": "holistic"}
+    rubric.judge(llm, episodes, replace(cfg, **how))
+    return [[None if a.ratings is None else rubric.grade(a.ratings, e.rubric) for a in e.answers] for e in episodes]
+
+
+def ranks(llm: model.LLM, episodes: Sequence[Episode], judge: str, cfg: Config) -> dict[str, list[float]]:
+    """How a way of judging ranks the recorded answers of each group: Kendall's tau-b between its grades and something
+    else. A group gives none where one of the two is the same for all answers, or was not recorded.
+    """
+    found: dict[str, list[float]] = {"the recorded grades": [], "the likeness to the reference": []}
+    again = [
+        replace(e, answers=[replace(a, ratings=None) for a in e.answers], controls=[], failures=[]) for e in episodes
+    ]
+    for e, grades in zip(episodes, graded(llm, again, judge, cfg), strict=True):
+        alike = heldout.similarities([(final_answer(a.text), e.reference) for a in e.answers]) if e.answers else None
+        others = [[a.grade for a in e.answers], alike or [None for _ in e.answers]]
+        for name, values in zip(found, others, strict=True):
+            pairs = [(x, y) for x, y in zip(grades, values, strict=True) if x is not None and y is not None]
+            tau = kendalltau(*zip(*pairs, strict=True)).statistic if len(pairs) > 1 else math.nan
+            found[name] += [] if math.isnan(tau) else [float(tau)]
     return found
 
 
@@ -92,6 +115,13 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
     return stats.aligned(rows)
 
 
+def recorded(name: str) -> list[Episode]:
+    try:
+        return read_episodes(Path(name), answers=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name} cannot be read: {error}; give a run's episodes.jsonl") from None
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m lab.judging", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -100,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--limit", type=int, default=64, help="at most so many problems")
     args, flags = parser.parse_known_args(argv)
     cfg = parse_args(flags)
-    episodes = [e for name in args.episodes for e in Recording(name).episodes.values() if len(words(e.reference)) >= 8]
+    episodes = [e for name in args.episodes for e in recorded(name) if e.rubric and len(words(e.reference)) >= 8]
     random.Random(cfg.seed).shuffle(episodes)
     episodes = episodes[: args.limit]
     if len(episodes) < 2:
@@ -112,6 +142,11 @@ def main(argv: Sequence[str]) -> None:
         found[judge] = seen(llm, episodes, judge, cfg)
         print(f"\n{cfg.model}, {len(episodes)} problems, {judge} in {time.perf_counter() - start:.0f} s", flush=True)
         print(table(found), flush=True)
+        if judge != "holistic":  # which has no part in the rubric's grades
+            for name, taus in ranks(llm, episodes, judge, cfg).items():
+                told = stats.t_interval(taus)
+                tau = estimate({**told, "value": told["mean"]}, "+") or "-"
+                print(f"within a group, Kendall's tau with {name}: {tau} ({len(taus)} groups)", flush=True)
 
 
 if __name__ == "__main__":

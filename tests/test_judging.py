@@ -10,7 +10,7 @@ import rubric
 from config import Config
 from data import UserError
 from lab import judging
-from rubric import Criterion, Document, Episode
+from rubric import Answer, Criterion, Document, Episode
 
 FACTS = (
     "Mehmed took the city in 1453 with cannon of bronze.",
@@ -91,3 +91,37 @@ def test_the_command_prints_a_table_with_intervals(monkeypatch, tmp_path, capsys
     with pytest.raises(UserError, match="two problems with rubrics"):
         path.write_text(json.dumps(asdict(EPISODES[0])) + "\n")
         judging.main([str(path), "--preset", "demo"])
+
+
+def group(grades, texts="abcd"):
+    answers = [Answer(text, [1], grade=grade) for text, grade in zip(texts, grades, strict=False)]
+    return Episode(Document("d", "d"), "p", "The reference.", rubric=RUBRIC, answers=answers)
+
+
+RUBRIC = [Criterion("It", "not applicable", "d", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "taus"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], [1.0]),
+        ([0.4, 0.3, 0.2, 0.1], [-1.0]),
+        ([0.1, 0.2, 0.4, 0.3], [(5 - 1) / 6]),  # one of six pairs the other way round
+        ([0.1, 0.2, 0.3, None], [1.0]),
+        ([0.5, 0.5, 0.5, 0.5], []),  # no ranks
+        ([None, None, None, 0.5], []),
+    ],
+)
+def test_ranks_are_compared_within_each_group(monkeypatch, recorded, taus):
+    judged_by(monkeypatch, lambda e, text: ["abcd".index(text) / 2])
+    monkeypatch.setattr(judging.heldout, "similarities", lambda pairs: [-"abcd".index(text) for text, _ in pairs])
+    found = judging.ranks(None, [group(recorded), group(recorded)], "logits", Config())
+    assert found["the recorded grades"] == pytest.approx(taus * 2)
+    assert found["the likeness to the reference"] == pytest.approx([-1.0] * 2)
+
+
+def test_without_answers_or_likeness_there_is_no_tau(monkeypatch):
+    judged_by(monkeypatch, lambda e, text: ["abcd".index(text) / 2])
+    monkeypatch.setattr(judging.heldout, "similarities", lambda pairs: None)
+    found = judging.ranks(None, [group([]), group([0.1, 0.2])], "logits", Config())
+    assert found == {"the recorded grades": [1.0], "the likeness to the reference": []}
