@@ -101,7 +101,7 @@ def ranks(llm: model.LLM, episodes: Sequence[Episode], judge: str, cfg: Config) 
         others = [[a.grade for a in e.answers], alike or [None for _ in e.answers]]
         for name, values in zip(found, others, strict=True):
             pairs = [(x, y) for x, y in zip(grades, values, strict=True) if x is not None and y is not None]
-            tau = kendalltau(*zip(*pairs, strict=True)).statistic if len(pairs) > 1 else math.nan
+            tau = kendalltau([x for x, _ in pairs], [y for _, y in pairs]).statistic if len(pairs) > 1 else math.nan
             found[name] += [] if math.isnan(tau) else [float(tau)]
     return found
 
