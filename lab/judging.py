@@ -98,9 +98,9 @@ def ranks(llm: model.LLM, episodes: Sequence[Episode], judge: str, cfg: Config) 
     ]
     for e, grades in zip(episodes, graded(llm, again, judge, cfg), strict=True):
         alike = heldout.similarities([(final_answer(a.text), e.reference) for a in e.answers]) if e.answers else None
-        others: list[list[float | None]] = [[a.grade for a in e.answers], [*(alike or [None] * len(e.answers))]]
+        others: list[Sequence[float | None]] = [[a.grade for a in e.answers], alike or []]
         for name, values in zip(found, others, strict=True):
-            pairs = [(x, y) for x, y in zip(grades, values, strict=True) if x is not None and y is not None]
+            pairs = [(x, y) for x, y in zip(grades, values, strict=False) if x is not None and y is not None]
             tau = kendalltau([x for x, _ in pairs], [y for _, y in pairs]).statistic if len(pairs) > 1 else math.nan
             found[name] += [] if math.isnan(tau) else [float(tau)]
     return found
