@@ -210,7 +210,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
     with checkpoint.locked(args.folder):
         for file in args.folder.glob("*.jsonl"):
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # half a last line, which a killed process left
-        print(f"{args.bench}: {bench.about}\n{args.model} in {args.load_in}, {sampling(args)}; all in {args.folder}/")
+        about = f"against {args.against}" if args.against else bench.about
+        print(f"{args.bench}: {about}\n{args.model} in {args.load_in}, {sampling(args)}; all in {args.folder}/")
         llm = load_model(args.model, args.config)
         items = unseen_problems(llm, adapters, args) if args.bench == "heldout" else items
         items = fitting(llm, items, args.max_new_tokens)

@@ -314,8 +314,8 @@ def lr_factor(update: int, warmup: int, total: int) -> float:
 def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
     """The loop: play, update, write down. Files in `run`: see checkpoint.py. Of several processes the first writes.
 
-    Raises Interrupted or Unreachable when the run can go on later: what was done in unfinished steps is undone and
-    the rest is saved.
+    Raises Interrupted, Unreachable or Parted when the run can go on later: what was done in unfinished steps is undone
+    and the rest is saved.
     """
     state = new_state(llm, cfg)
     first = parallel.is_first()
@@ -324,6 +324,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
     if progress["step"] == cfg.steps:
         return
     finished = checkpoint.rng_states(state.rng)  # as the last finished step left them
+    updating = False
     progress["budgets"]["update"] = memory.rehearse(llm, cfg, progress["budgets"]["update"])
     if first:
         checkpoint.write_config(cfg, run)  # from here on there is a run to resume
@@ -340,7 +341,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                 parallel.own_randomness(state.rng, cfg.seed, progress["step"])
                 episodes = play(llm, batch, cfg, state.rng, clock)
                 with signals.deferred():
-                    trained: dict[str, float | None] = {}
+                    updating, trained = True, dict[str, float | None]()
                     if alive(episodes) and not cfg.synthesize:
                         with clock("update"):
                             trained = update(llm, state, alive(episodes), cfg)
@@ -348,12 +349,12 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                     progress.update(step=progress["step"] + 1, documents=consumed, document=batch[-1].identity)
                     if first:
                         finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
-                    finished = checkpoint.rng_states(state.rng)
-        except (Interrupted, Unreachable):
+                    finished, updating = checkpoint.rng_states(state.rng), False
+        except (Interrupted, Unreachable, parallel.Parted):
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
             checkpoint.set_rng_states(state.rng, finished)
-            if first:
+            if first and not updating:
                 checkpoint.save(run, state)
             raise
         finally:  # while signals are still ours: a closing terminal often sends two
@@ -414,7 +415,7 @@ def main(argv: Sequence[str]) -> int:
         print(plan.plan(cfg))
         return 0
     parallel.check(cfg.documents_taken)
-    runlog.check_tracker(cfg)
+    parallel.by_first(lambda: runlog.check_tracker(cfg))
     corpus = sources.open_corpus(cfg)
     if not cfg.episodes or cfg.audit or cfg.eval_every:
         next(iter(corpus))  # a missing or empty corpus is found before the model is loaded
@@ -431,10 +432,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         with checkpoint.locked(run) if parallel.is_first() else contextlib.nullcontext():
             train(llm, corpus, cfg, run)
-    except (Interrupted, Unreachable) as why:
+    except (Interrupted, Unreachable, parallel.Parted) as why:
         print(f"\n{why}: the run is saved and resumable with: python pop.py --resume {shlex.quote(str(run))}")
         return RESUMABLE
     print(runlog.where_to_look(cfg, run))
+    parallel.stop()
     return 0
 
 

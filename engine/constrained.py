@@ -112,12 +112,12 @@ class TemplateFiller:
                     return
             if choices:
                 lines = [[*ids, end] for ids in choices]  # the end tells a choice from another that it begins
-                left = [ids for ids in lines if not (line.distinct and ids in taken)] or lines
+                left = [ids for ids in lines if not (line.distinct and ids[:-1] in taken)] or lines
                 chosen: list[int] = []
                 while chosen not in left:
                     begun = [ids for ids in left if ids[: len(chosen)] == chosen]
                     chosen = [*chosen, (yield Wanted(named={ids[len(chosen)] for ids in begun}))]
-                taken.append(chosen)
+                taken.append(chosen[:-1])
                 continue
             for count in range(line.max_tokens):
                 kind = BEGIN if count == 0 else NO_LINE_END if count < line.min_tokens else OPEN

@@ -335,7 +335,7 @@ class FixedStep:
         self.calls += 1
         if self.calls == 2 and ids.device.type == "cuda":
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
                 self.logits = self.forward()
         if self.graph is None:
             self.logits = self.forward()

@@ -26,7 +26,7 @@ import rubric
 from config import PRESETS, Config
 from data import HUB_CORPORA, SAMPLES, Corpus, Document, Episode, alive, json_lines, read_episodes
 from engine import checkpoint
-from engine.fast import segments_of
+from engine.fast import batches, segments_of
 from engine.memory import in_batches
 from engine.parsing import final_answer
 from engine.runlog import HELDOUT
@@ -109,7 +109,7 @@ def make(llm: LLM, documents: Sequence[Document], cfg: Config) -> list[Episode]:
 @contextlib.contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
     """Inside, torch draws from this seed; outside it is as if nothing had been drawn."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield
 
@@ -191,13 +191,17 @@ def reference_logps(llm: LLM, pairs: Sequence[tuple[str, str]]) -> list[float]:
     said = [llm.text_ids(reference) for _, reference in pairs]
     found = [math.nan] * len(pairs)
 
-    def work(batch: list[int]) -> None:
-        segments = segments_of([(prompts[i], [said[i]]) for i in batch], llm.pad_id)
-        logps, _ = llm.logps(*segments, temperature=1.0)
-        for i, part in zip(batch, logps.split([len(said[i]) for i in batch]), strict=True):
-            found[i] = part.mean().item()
+    def work(part: list[int], batch: list[int]) -> None:
+        numbers = [part[i] for i in batch]
+        logps, _ = llm.logps(*segments_of([(prompts[i], [said[i]]) for i in numbers], llm.pad_id), temperature=1.0)
+        for i, values in zip(numbers, logps.split([len(said[i]) for i in numbers]), strict=True):
+            found[i] = values.mean().item()
 
-    in_batches(llm, "reference log-probabilities", [p + s for p, s in zip(prompts, said, strict=True)], 0, work)
+    rows = [prompt + ids for prompt, ids in zip(prompts, said, strict=True)]
+    with llm.inference(dequantize=False):  # a dequantized copy goes: it would be in the way, and is soon made again
+        for part in batches([[i] for i in range(len(rows))], [len(row) for row in rows], llm.prefill_tokens):
+            some = [rows[i] for i in part]
+            in_batches(llm, "reference log-probabilities", some, 0, functools.partial(work, part))
     return found
 
 

@@ -145,7 +145,8 @@ def pretrained(name: str, load_in: str) -> tuple[Any, Any, torch.dtype]:
     except Exception as error:
         if out_of_memory(error):
             raise UserError(f"out of memory while loading model {name}: choose a smaller one") from None
-        refuse_cache(error.__cause__ or error)
+        if not Path(source).exists():  # of a local model nothing is cached here
+            refuse_cache(error.__cause__ or error)
         if not isinstance(error, OSError | ValueError):
             raise
         reason = first_line(error)

@@ -25,16 +25,33 @@ T = TypeVar("T")
 WAIT = timedelta(hours=12)  # the others wait while the first measures; where a process ends, they are told at once
 
 
+class Parted(UserError):
+    """Another process has ended."""
+
+
 def start() -> None:
-    """Join the other processes, if a launcher has started some. Only the first one shows what it does."""
+    """Join the other processes, if a launcher has started some. Only the first one shows what it does.
+
+    Raises UserError if they cannot be joined.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(timeout=WAIT)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group(timeout=WAIT)
+        distributed.all_reduce(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))  # before memory
+    except (RuntimeError, ValueError, KeyError) as error:
+        remedy = "start them by accelerate launch or torchrun, one for each GPU at most, or unset WORLD_SIZE"
+        raise UserError(f"the processes cannot be joined ({brief(error)}): {remedy}") from None
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
+
+
+def stop() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check(documents: int) -> None:
@@ -62,13 +79,11 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Raises UserError where another process has ended, which would be an error of the network."""
+    """Raises Parted where another process has ended, which would be an error of the network."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
-            f"another process has ended: --resume goes on from the last checkpoint ({brief(error)})"
-        ) from None
+        raise Parted(f"another process has ended ({brief(error)})") from None
 
 
 def everyone(value: T) -> list[T]:
@@ -96,8 +111,8 @@ def by_first(work: Callable[[], T]) -> T:
 
 def summed(values: Mapping[str, float]) -> dict[str, float]:
     """Each number summed over all processes."""
-    every = everyone(dict(values))
-    return {name: sum(each.get(name, 0.0) for each in every) for name in every[0] | every[-1]}
+    every = everyone(dict(values))  # where any has a share, the first has
+    return {name: sum(each.get(name, 0.0) for each in every) for name in every[0]}
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -15,6 +15,7 @@ CURVES = (  # the key in metrics.jsonl, the title, the vertical axis
     ("reward_mean", "Reward, ± spread within groups", "mean over answers"),
     ("heldout_reward", "Held-out reward", "mean over answers"),
     ("heldout_similarity", "Held-out similarity to references", "cosine"),
+    ("heldout_reference_logp", "Held-out log-probability of references", "nats a token"),
     ("completion_length", "Length of answers", "tokens"),
     ("zero_spread_share", "Groups without spread", "share of graded groups"),
     ("kl", "KL to the base model", "nats a token"),

@@ -9,6 +9,7 @@ import gc
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import model
 from benchmarks import results
 from config import Config, stored_config
 from data import HUB_CORPORA, UserError, brief, read_episodes
-from engine import checkpoint, loading
+from engine import checkpoint, fast, loading
 from eval import Adapter, find_adapter
 from lab import report
 
@@ -97,7 +98,8 @@ def agreement(cfg: Config, adapter: Adapter, n: int) -> str:
         return "not measured"
     pairs = zip(*(likeliest(cfg, adapter, load_in, texts) for load_in in ("4bit", "bf16")), strict=True)
     same = torch.cat([a == b for a, b in pairs])
-    return f"the two agree on {same.float().mean():.0%} of the likeliest next tokens, on {len(texts)} references"
+    shown = f"{same.float().mean():.0%} of the likeliest next tokens, on {len(texts)} references"
+    return f"with the adapter apart the two agree on {shown}"
 
 
 def card(cfg: Config, adapter: Adapter, repo: str, evaluations: Sequence[Path], agreed: str, merged: bool) -> ModelCard:
@@ -131,12 +133,25 @@ def card(cfg: Config, adapter: Adapter, repo: str, evaluations: Sequence[Path], 
     )
 
 
+@torch.no_grad()
+def merge(cfg: Config, adapter: Adapter, folder: Path) -> None:
+    """The base with the adapter added to its weights, which are rounded to 16 bits once, after the sum."""
+    base, tokenizer, _ = loading.pretrained(cfg.model, "bf16")
+    adapted: Any = PeftModel.from_pretrained(base, str(adapter.folder))
+    for layer in fast.lora_layers(adapted):
+        a, b, scale = fast.lora_of(layer)
+        weight = layer.base_layer.weight
+        weight.copy_(weight.float().addmm_(b.float(), a.float(), alpha=scale))
+    adapted.unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def publish(args: argparse.Namespace) -> None:
     adapter = find_adapter(args.run)
     if adapter.run is None:
         raise UserError(f"{args.run}: no run's folder (no config.json in it)")
-    stored = stored_config(adapter.run)
-    cfg = Config(**{**stored, "resume": "", "output": ""})
+    known = {field.name for field in fields(Config)} - {"resume", "output", "tracker"}
+    cfg = Config(**{name: value for name, value in stored_config(adapter.run).items() if name in known})
     if Path(adapter.base).name != Path(loading.resolve(cfg.model)).name:
         raise UserError(f"{adapter.folder} is an adapter of {adapter.base}, but the run's model is {cfg.model}")
     folder = args.output or adapter.run / "published"
@@ -147,21 +162,22 @@ def publish(args: argparse.Namespace) -> None:
     made = card(cfg, adapter, args.repo, args.evaluations, agreement(cfg, adapter, args.prompts), args.merged)
     with checkpoint.writing(folder, adapter.run, "the same command"), checkpoint.written_whole(folder) as temporary:
         if args.merged:
-            base, tokenizer, _ = loading.pretrained(cfg.model, "bf16")
-            whole: Any = PeftModel.from_pretrained(base, str(adapter.folder)).merge_and_unload()
-            whole.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            merge(cfg, adapter, temporary)
         else:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copy(adapter.folder / name, temporary)
         (temporary / "README.md").write_text(str(made), encoding="utf-8")
     print(f"written: {folder}")
+    if Path(adapter.base).exists() and not args.merged:
+        print(f"WARNING: its base is {adapter.base} on this machine: elsewhere it cannot be loaded by its name")
     if not args.dry_run:
         try:
             HfApi().create_repo(args.repo, exist_ok=True)
             print(f"uploaded: {HfApi().upload_folder(repo_id=args.repo, folder_path=folder)}")
         except Exception as error:  # from several libraries: no login, no right, no connection
-            raise UserError(f"not uploaded ({brief(error)}): log in by `hf auth login`; {folder} is whole") from None
+            raise UserError(
+                f"not uploaded ({brief(error)}): `hf auth login`, then `hf upload {args.repo} {folder}`"
+            ) from None
 
 
 def main(argv: Sequence[str]) -> None:

@@ -25,7 +25,6 @@ from benchmarks import results
 from config import check_changes, parse_args, stored_config
 from data import UserError, brief
 from engine import checkpoint, stats
-from eval import slug
 from lab import curves, report
 
 
@@ -107,7 +106,8 @@ def measure(runs: Sequence[Path], folder: Path, documents: int, judge: str | Non
         more = ["--judge", judge] if judge else []
         asked = ["--adapter", *map(str, runs), "--limit", str(documents), "--output", str(folder), *more]
         call("eval.py", "heldout", *asked)
-        found = json.loads((folder / f"results-{slug(judge or 'base')}.json").read_text(encoding="utf-8"))
+        newest = max(folder.glob("results-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        found = json.loads(newest.read_text(encoding="utf-8"))
         _, *measured = found["models"].values()  # the base comes first
         for row, model in zip(numbers, measured, strict=True):
             row["tokens"] = {"value": model["mean_tokens"], "low": None, "high": None}
@@ -121,7 +121,7 @@ def table(arms: Mapping[str, Sequence[Numbers]]) -> str:
     """arm -> the numbers of each of its seeds, as a table: of one seed with intervals over prompts, of several over
     seeds."""
     columns = list(dict.fromkeys(column for seeds in arms.values() for row in seeds for column in row))
-    rows = [["arm", "seeds", *columns]]
+    rows, most = [["arm", "seeds", *columns]], max(map(len, arms.values()))
     for name, seeds in arms.items():
         row = [name, str(len(seeds))]
         for column in columns:
@@ -129,6 +129,8 @@ def table(arms: Mapping[str, Sequence[Numbers]]) -> str:
             if others:
                 over = stats.t_interval([e["value"] for e in (shown, *others) if e["value"] is not None])
                 shown = {**over, "value": over["mean"]}
+            elif most > 1:  # an interval over prompts would stand among those over seeds
+                shown = {**shown, "low": None}
             row.append(results.estimate(shown, "+" if column.endswith("base") else ""))
         rows.append(row)
     return stats.aligned(rows)

@@ -13,7 +13,7 @@ from benchmarks import baselines
 from benchmarks.sets import BENCHMARKS
 from engine import stats
 
-ARENA, ALPACA = baselines.arena_hard(), baselines.alpaca_eval()
+HARD, CREATIVE, ALPACA = (baselines.PUBLISHED[name]() for name in ("arena-hard", "arena-creative", "alpaca-eval"))
 WIN = BENCHMARKS["winrate"]
 LABELS = ("A>>B", "A>B", "A=B", "B>A", "B>>A", "A<<B", "A<B", "B=A", "B<<A", "B<A")
 
@@ -30,9 +30,9 @@ def sent(judge, *texts: str) -> list[dict[str, str]]:
     return seen[0]
 
 
-@pytest.mark.parametrize("number", [0, 600])  # a hard prompt and one of creative writing
-def test_arena_hard_is_asked_in_the_packages_words_against_the_baseline_of_the_category(number):
-    task, item = ArenaHardTask(), ARENA[number]
+@pytest.mark.parametrize("item", [HARD[0], CREATIVE[0]], ids=["hard", "creative"])
+def test_arena_hard_is_asked_in_the_packages_words_against_the_baseline_of_the_category(item):
+    task = ArenaHardTask()
     (question,) = [q for q in task.load_prompts() if q["uid"] == item.id]
     baseline = task._extract_answer(task.load_baseline_outputs()[item.id])
     first, second = WIN.questions(item, "Mine.", "the base model's, which is not asked about")
@@ -51,13 +51,14 @@ def test_alpaca_eval_is_asked_in_the_packages_words_against_its_baseline():
 
 
 def test_all_published_prompts_have_a_baseline():
-    assert len(ARENA) == 750 and len({i.id for i in ARENA}) == 750 and len(ALPACA) == 805
-    assert all(i.data["against"].strip() for i in [*ARENA, *ALPACA])
+    assert (len(HARD), len(CREATIVE), len(ALPACA)) == (500, 250, 805)
+    assert len({i.id for i in [*HARD, *CREATIVE]}) == 750
+    assert all(i.data["against"].strip() for i in [*HARD, *CREATIVE, *ALPACA])
 
 
 def test_arena_hards_verdicts_are_counted_as_the_package_counts_them(tmp_path):
     draw, records, scores = random.Random(0), [], []
-    for item in ARENA[:60]:
+    for item in HARD[:60]:
         labels = [draw.choice(LABELS) for _ in range(2)]
         # The package's first game has the baseline as A, its second the model.
         games = [{"score": label} for label in reversed(labels)]
@@ -87,9 +88,20 @@ def test_alpaca_evals_verdicts_are_counted_as_the_package_counts_them(tmp_path):
     assert stats.interval(np.array(scores)).value == pytest.approx(official)
 
 
-@pytest.mark.parametrize("reply", ["", "A is better.", "[[A>C]]", "[[A>>", "[A>B", "[[A>A]]", "[[AB]]"])
-def test_without_a_label_there_is_no_verdict(reply):
-    assert baselines.read_label(reply, "A") is None
+REPLIES = ["", "A is better.", "[[A>C]]", "[[A>>", "[A>B", "[[A>A]]", "[[AB]]", "[A>B]", "[[A>B]] or [B>A]", "[[b>>a]]"]
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_label_is_found_where_the_package_finds_one_that_it_counts(reply):
+    found = ArenaHardTask()._extract_score(reply)
+    counted = {"A>B": [1.0, 1.0], "B>>A": [0.0, 3.0]}.get(found or "")
+    assert baselines.read_label(reply, "A") == counted
+
+
+@pytest.mark.parametrize("reply", ["M. I'm confident.", "m", "M\n", "**M**", "the first one", "", "I'm sure: M"])
+def test_a_name_is_found_where_the_package_finds_it(reply):
+    found = AlpacaEvalTask._parse_preference(reply)
+    assert baselines.read_name(reply, "M") == (None if found is None else [float(found == "M"), 1.0])
 
 
 def test_the_answer_that_is_the_baseline_is_a_tie_in_both_orders():

@@ -580,17 +580,19 @@ def test_as_many_questions_as_workers_are_under_way(endpoint):
 
 
 def test_an_interrupt_keeps_what_is_finished_and_asks_no_more(endpoint):
-    awake = threading.Event()
+    awake, kept = threading.Event(), []
 
     def script(text, n, request):
         if text in ("q0", "q1"):
             return "Rating: 7"
         if text == "q2":
+            while len(kept) < 2:  # the main thread may be late
+                time.sleep(0.01)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         awake.wait(10)
         return "Rating: 7"
 
-    server, kept, start = endpoint(script), [], time.monotonic()
+    server, start = endpoint(script), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         server.judge(workers=1).ask(questions(20), kept.extend)
     assert time.monotonic() - start < 5

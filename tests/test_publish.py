@@ -50,7 +50,7 @@ def test_adapter_and_merged_model_load_as_the_cards_say_and_write_the_adapters_t
         if hasattr(layer, "lora_A"):
             added = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
             wanted = layer.base_layer.weight.float() + layer.scaling["default"] * added
-            assert torch.allclose(merged.get_submodule(name).weight.float(), wanted, rtol=2**-7, atol=1e-4)
+            assert torch.allclose(merged.get_submodule(name).weight.float(), wanted, rtol=2**-8, atol=0)
     wrote, wanted, plain = (
         torch.tensor(greedy(llm, tokenizer))[:, :1]  # a random model's tokens are near ties: rounding adds up
         for llm in (merged, adapter, AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
@@ -83,7 +83,8 @@ def test_the_agreement_with_16_bits_is_the_share_of_equal_likeliest_tokens(train
     monkeypatch.setattr(publish, "likeliest", lambda cfg, adapter, load_in, texts: found[load_in])
     adapter = publish.find_adapter(str(trained))
     cfg = publish.Config(**publish.stored_config(trained))
-    assert publish.agreement(cfg, adapter, 2) == "the two agree on 75% of the likeliest next tokens, on 2 references"
+    told = publish.agreement(cfg, adapter, 2)
+    assert told == "with the adapter apart the two agree on 75% of the likeliest next tokens, on 2 references"
 
 
 def test_the_likeliest_tokens_are_those_of_a_plain_pass(trained):
@@ -105,7 +106,8 @@ def test_an_upload_that_fails_is_one_line_without_the_token_and_keeps_the_folder
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     asked = command(trained, tmp_path / "out")
     asked.remove("--dry-run")
-    with pytest.raises(UserError, match=r"not uploaded \(OSError: 401: no such right\): log in") as error:
+    remedy = r"not uploaded \(OSError: 401: no such right\): `hf auth login`, then `hf upload someone/otters .*/out`"
+    with pytest.raises(UserError, match=remedy) as error:
         publish.main(asked)
     assert "hf_secret" not in str(error.value) and (tmp_path / "out" / "README.md").exists()
     assert "hf_secret" not in (tmp_path / "out" / "README.md").read_text()

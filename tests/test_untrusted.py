@@ -713,7 +713,7 @@ def test_every_loading_call_of_the_hub_libraries_refuses_code_in_so_many_words()
                 needed = call.func.attr == "from_pretrained" and ast.unparse(call.func.value).split(".")[-1] in names
                 assert trust == ["False"] * needed, f"{path.name}:{call.lineno}"
                 found += needed
-    assert found > 8
+    assert found >= 8
 
 
 # ------------------------------------------------------------------------------------------- forms with quotes
