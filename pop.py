@@ -323,8 +323,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
     progress = state.progress
     if progress["step"] == cfg.steps:
         return
-    finished = checkpoint.rng_states(state.rng)  # as the last finished step left them
-    updating = False
+    finished, updates = checkpoint.rng_states(state.rng), state.scheduler.last_epoch  # as of the last finished step
     progress["budgets"]["update"] = memory.rehearse(llm, cfg, progress["budgets"]["update"])
     if first:
         checkpoint.write_config(cfg, run)  # from here on there is a run to resume
@@ -341,7 +340,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                 parallel.own_randomness(state.rng, cfg.seed, progress["step"])
                 episodes = play(llm, batch, cfg, state.rng, clock)
                 with signals.deferred():
-                    updating, trained = True, dict[str, float | None]()
+                    trained: dict[str, float | None] = {}
                     if alive(episodes) and not cfg.synthesize:
                         with clock("update"):
                             trained = update(llm, state, alive(episodes), cfg)
@@ -349,12 +348,12 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
                     progress.update(step=progress["step"] + 1, documents=consumed, document=batch[-1].identity)
                     if first:
                         finish_step(llm, state, episodes, trained, watched, clock, cfg, run, log)
-                    finished, updating = checkpoint.rng_states(state.rng), False
+                    finished, updates = checkpoint.rng_states(state.rng), state.scheduler.last_epoch
         except (Interrupted, Unreachable, parallel.Parted):
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
             checkpoint.set_rng_states(state.rng, finished)
-            if first and not updating:
+            if first and state.scheduler.last_epoch == updates:  # not between two updates, left by another process
                 checkpoint.save(run, state)
             raise
         finally:  # while signals are still ours: a closing terminal often sends two

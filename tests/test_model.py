@@ -545,6 +545,12 @@ def test_in_the_last_line_the_end_token_tells_a_choice_from_one_that_it_begins(l
     assert all(c.finished and NEWLINE not in c.ids for c in completions)
 
 
+def test_distinct_choices_differ_in_the_last_line_too(llm):
+    form = [Field(f"{k}. ", choices=("tin", "to"), distinct=True) for k in range(2)]
+    for completion in llm.generate([PROMPTS[0]], n=30, max_new_tokens=40, temperature=1.5, templates=[form] * 30)[0]:
+        assert sorted(line.partition(". ")[2] for line in completion.text.splitlines()) == ["tin", "to"]
+
+
 def test_distinct_choices_differ_until_all_were_taken(llm):
     form = [Field(f"{k}. ", choices=TEXTS, distinct=True) for k in range(6)]
     for completion in llm.generate([PROMPTS[0]], n=20, max_new_tokens=200, temperature=1.0, templates=[form] * 20)[0]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -123,8 +125,8 @@ def test_after_a_kill_the_others_end_and_any_number_of_processes_goes_on(model, 
     started = launch(2, replay(model, recorded, run, steps=6, save_every=2), log, pause=0.01)
     training.wait_for_steps(run, 3)
     started[1].kill()
-    assert training.ended(started[0]) == 1
-    assert "another process has ended: --resume goes on" in Path(f"{log}.0").read_text()
+    assert training.ended(started[0]) == 75
+    assert "another process has ended" in Path(f"{log}.0").read_text()
     resumed = ["--resume", str(run)]
     assert finish(processes, resumed, tmp_path / "again") == [0] * processes
     whole = replay(model, recorded, tmp_path / "whole", steps=6, save_every=2)
@@ -132,6 +134,40 @@ def test_after_a_kill_the_others_end_and_any_number_of_processes_goes_on(model, 
     assert documents(run) == documents(tmp_path / "whole") and len(documents(run)) == 24
     expected = weights(tmp_path / "whole")
     assert (weights(run) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_signal_to_all_processes_ends_them_where_they_can_be_resumed(model, recorded, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    started = launch(2, replay(model, recorded, run, steps=6, save_every=6), log, pause=0.01)
+    training.wait_for_steps(run, 2)
+    for process in started:
+        os.kill(process.pid, signal.SIGTERM)
+    assert [training.ended(process) for process in started] == [75, 75]
+    done = len(documents(run))
+    assert done >= 8 and (run / "checkpoints" / f"step-{done // 4:06d}").is_dir()  # nothing played is lost
+    assert finish(2, ["--resume", str(run)], tmp_path / "again") == [0, 0]
+    assert documents(run) == [f"d{i % GROUPS}" for i in range(24)]
+
+
+def test_each_process_draws_numbers_of_its_own_and_the_same_ones_again(monkeypatch):
+    drawn = []
+    for rank in (1, 2, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        rng = random.Random(5)
+        parallel.own_randomness(rng, seed=0, step=3)
+        drawn.append((rng.random(), torch.rand(1).item()))
+    assert drawn[0] == drawn[2] and drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1]
+    rng, before = random.Random(5), torch.get_rng_state()
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    parallel.own_randomness(rng, seed=0, step=3)  # the first one's are in the checkpoints
+    assert rng.getstate() == random.Random(5).getstate() and torch.equal(torch.get_rng_state(), before)
+
+
+def test_processes_that_cannot_be_joined_are_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=r"cannot be joined \(ValueError: .*RANK.*\): start them by accelerate launch"):
+        parallel.start()
 
 
 def test_more_processes_than_documents_are_refused(monkeypatch):

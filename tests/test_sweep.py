@@ -242,6 +242,23 @@ def test_another_judge_is_handed_on_and_adds_the_win_rate(file, tmp_path, calls)
     assert "| win_rate |" in head and "| 0.600 " in written and "| 0.700 " in random
 
 
+def test_a_judge_that_is_the_base_model_is_found_under_the_name_of_its_results(file, tmp_path, calls, monkeypatch):
+    call = sweep.call
+
+    def by_the_base(*command):
+        call(*(command[: command.index("--judge")] if "--judge" in command else command))
+
+    monkeypatch.setattr(sweep, "call", by_the_base)
+    sweep.main([str(file), "--output", str(tmp_path / "out"), "--judge", "smollm2"])
+    assert "| grade - base" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_an_arm_of_one_seed_beside_arms_of_several_has_no_interval():
+    one = {"grade - base": {"value": 0.5, "low": 0.1, "high": 0.9}}
+    *_, several, alone = sweep.table({"a": [one, one], "b": [one]}).splitlines()
+    assert "[" in several and "+0.500 " in alone and "[" not in alone
+
+
 def test_a_table_of_what_is_finished_can_be_had_while_the_sweep_is_at_work(file, tmp_path, calls):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="no arm is finished yet"):
