@@ -145,8 +145,9 @@ def pretrained(name: str, load_in: str) -> tuple[Any, Any, torch.dtype]:
     except Exception as error:
         if out_of_memory(error):
             raise UserError(f"out of memory while loading model {name}: choose a smaller one") from None
-        if not Path(source).exists():  # of a local model nothing is cached here
-            refuse_cache(error.__cause__ or error)
+        cause = error.__cause__ or error
+        if not str(getattr(cause, "filename", "")).startswith(str(source)):  # its own files may be unreadable, too
+            refuse_cache(cause)
         if not isinstance(error, OSError | ValueError):
             raise
         reason = first_line(error)

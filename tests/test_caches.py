@@ -85,6 +85,16 @@ def test_a_cache_that_cannot_be_written_is_one_line_with_cause_and_remedy(tmp_pa
             work()
 
 
+def test_a_model_s_own_file_that_may_not_be_read_is_not_blamed_on_the_cache(tmp_path, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "model.safetensors"))
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refused)
+    with pytest.raises(UserError, match=r"cannot load model .*Permission denied.*model\.safetensors"):
+        model.load(str(tmp_path), load_in="fp32")
+
+
 def test_a_table_that_may_not_be_read_is_not_blamed_on_the_cache(tmp_path, monkeypatch):
     path, real = tmp_path / "t.jsonl", Path.open
     path.write_text('{"text": "one"}\n')
