@@ -77,6 +77,7 @@ def test_so_many_documents_are_played_and_nothing_is_trained(made):
     assert all(len(e["answers"]) == 4 and e["rubric"] and a["ratings"] for e in episodes for a in e["answers"])
     metrics = training.lines(made / "metrics.jsonl")
     assert [(m["step"], m["loss"], m["heldout_reward"]) for m in metrics] == [(k, None, None) for k in (1, 2, 3)]
+    assert [m["groups_trained"] for m in metrics] == [0, 0, 0]  # though groups were played
     adapter = checkpoint.load_file(made / "adapter" / "adapter_model.safetensors")
     assert all(t.abs().max() == 0 for name, t in adapter.items() if "lora_B" in name)
 
