@@ -209,13 +209,8 @@ class Config:
     def loading(self) -> dict[str, Any]:
         """How model.load is to load the model, in training and in evaluation alike."""
         gpu = torch.cuda.is_available()
-        dequantize = switched_on(self.dequantize, gpu)
-        return {
-            "load_in": self.load_in,
-            "seed": self.seed,
-            "dequantize": dequantize,
-            "cuda_graph": self.cuda_graph and gpu,
-        }
+        faster = {"dequantize": switched_on(self.dequantize, gpu), "cuda_graph": self.cuda_graph and gpu}
+        return {"load_in": self.load_in, "seed": self.seed, **faster}
 
     def guarded(self, name: str) -> bool:
         """Whether the guard of that name is on."""
@@ -381,6 +376,13 @@ def stored_config(run: Path) -> dict[str, Any]:
     if "skip_guards" in stored:  # JSON has lists alone
         stored["skip_guards"] = tuple(stored["skip_guards"])
     return stored
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """What a run was made with, to measure or publish it: as far as this version knows it, and without what is of the
+    one process: its folder, its plan, its tracker."""
+    known = {f.name for f in fields(Config)} - {"resume", "output", "dry_run", "tracker"}
+    return {name: value for name, value in stored_config(run).items() if name in known}
 
 
 def check_changes(stored: dict[str, Any], cfg: Config) -> None:

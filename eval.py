@@ -16,7 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from benchmarks import results
 from benchmarks.baselines import PUBLISHED
 from benchmarks.judges import EndpointJudge, LocalJudge, Question, Value, Verdict
 from benchmarks.sets import BENCHMARKS, Item, Messages, heldout_items
-from config import PRESETS, TASKS, Config, pick_preset, stored_config
+from config import PRESETS, TASKS, Config, pick_preset, settings_of
 from data import HUB_CORPORA, UserError, read_episodes, read_lines
 from engine import audit, checkpoint, heldout, loading, runlog, sources
 from engine.signals import survive_closed_output
@@ -73,11 +73,9 @@ def slug(name: str) -> str:
 def configure(args: argparse.Namespace, names: Sequence[str], run: Path | None = None) -> Config:
     """What the run was made with or, without one, what suits this machine and the task; --preset and the flags of these
     names win over both."""
-    stored = stored_config(run) if run else {}
+    stored = settings_of(run) if run else {}
     preset = args.preset or stored.get("preset") or pick_preset()[0]
-    known = {field.name for field in fields(Config)} - {"resume", "output", "dry_run", "tracker"}
-    settings = TASKS.get(args.task, {}) | PRESETS.get(preset, {})
-    settings |= {name: value for name, value in stored.items() if name in known} | PRESETS.get(args.preset, {})
+    settings = TASKS.get(args.task, {}) | PRESETS.get(preset, {}) | stored | PRESETS.get(args.preset, {})
     flags = {name: value for name in names if (value := getattr(args, name)) is not None}
     return Config(**settings | flags | {"preset": preset})
 

@@ -353,7 +353,7 @@ def train(llm: LLM, corpus: Corpus, cfg: Config, run: Path) -> None:
             if progress["step"] == cfg.steps:  # in the last moments of the last step, which is saved
                 return
             checkpoint.set_rng_states(state.rng, finished)
-            if first and state.scheduler.last_epoch == updates:  # not between two updates, left by another process
+            if first and state.scheduler.last_epoch == updates:  # else a process ended between two updates of this step
                 checkpoint.save(run, state)
             raise
         finally:  # while signals are still ours: a closing terminal often sends two

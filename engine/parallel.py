@@ -40,7 +40,8 @@ def start() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group(timeout=WAIT)
-        distributed.all_reduce(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))  # before memory
+        # NCCL takes its buffers at the first use: now, before it is tried out what else fits into memory.
+        distributed.all_reduce(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, ValueError, KeyError) as error:
         remedy = "start them by accelerate launch or torchrun, one for each GPU at most, or unset WORLD_SIZE"
         raise UserError(f"the processes cannot be joined ({brief(error)}): {remedy}") from None

@@ -14,6 +14,14 @@ from data import HUB_CORPORA, Corpus, Document, Episode, Unreachable, UserError,
 from model import LLM
 
 
+def read(name: str, answers: bool, flag: str = "--episodes ") -> list[Episode]:
+    """The episodes of a file. Raises UserError, naming the flag that it was given by, if it cannot be read."""
+    try:
+        return read_episodes(Path(name), answers)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flag}{name} cannot be read: {error}; give a run's episodes.jsonl") from None
+
+
 class Recording:
     """In place of a Corpus: the documents of recorded episodes, in their order, over and over. `replay` as in Config:
     of those that have a rubric or, for answers, of those whose answers can be trained on.
@@ -23,10 +31,7 @@ class Recording:
 
     def __init__(self, name: str, replay: str = "problems") -> None:
         self.name, answers = name, replay == "answers"
-        try:
-            episodes = read_episodes(Path(name), answers)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--episodes {name} cannot be read: {error}; give a run's episodes.jsonl") from None
+        episodes = read(name, answers)
         episodes = with_groups(episodes) if answers else [e for e in episodes if e.rubric]
         if not episodes:
             raise UserError(f"--episodes {name}: no episode there has {'two rated answers' if answers else 'a rubric'}")

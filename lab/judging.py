@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,8 @@ import model
 import rubric
 from benchmarks.results import estimate
 from config import Config, parse_args
-from data import Answer, Episode, UserError, read_episodes
-from engine import heldout, stats
+from data import Answer, Episode, UserError
+from engine import heldout, sources, stats
 from engine.parsing import final_answer
 from engine.text import words
 
@@ -115,13 +114,6 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
     return stats.aligned(rows)
 
 
-def recorded(name: str) -> list[Episode]:
-    try:
-        return read_episodes(Path(name), answers=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name} cannot be read: {error}; give a run's episodes.jsonl") from None
-
-
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m lab.judging", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -130,7 +122,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--limit", type=int, default=64, help="at most so many problems")
     args, flags = parser.parse_known_args(argv)
     cfg = parse_args(flags)
-    episodes = [e for name in args.episodes for e in recorded(name) if e.rubric and len(words(e.reference)) >= 8]
+    every = [e for name in args.episodes for e in sources.read(name, answers=True, flag="")]
+    episodes = [e for e in every if e.rubric and len(words(e.reference)) >= 8]
     random.Random(cfg.seed).shuffle(episodes)
     episodes = episodes[: args.limit]
     if len(episodes) < 2:

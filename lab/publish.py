@@ -9,7 +9,6 @@ import gc
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 
 import model
 from benchmarks import results
-from config import Config, stored_config
+from config import Config, settings_of
 from data import HUB_CORPORA, UserError, brief, read_episodes
 from engine import checkpoint, fast, loading
 from eval import Adapter, find_adapter
@@ -150,8 +149,7 @@ def publish(args: argparse.Namespace) -> None:
     adapter = find_adapter(args.run)
     if adapter.run is None:
         raise UserError(f"{args.run}: no run's folder (no config.json in it)")
-    known = {field.name for field in fields(Config)} - {"resume", "output", "tracker"}
-    cfg = Config(**{name: value for name, value in stored_config(adapter.run).items() if name in known})
+    cfg = Config(**settings_of(adapter.run))
     if Path(adapter.base).name != Path(loading.resolve(cfg.model)).name:
         raise UserError(f"{adapter.folder} is an adapter of {adapter.base}, but the run's model is {cfg.model}")
     folder = args.output or adapter.run / "published"

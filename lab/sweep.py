@@ -164,9 +164,8 @@ def main(argv: Sequence[str]) -> None:
     found: dict[str, list[Numbers]] = {}
     for seed, runs in made.items():
         ready = {run: name for run, name in zip(runs, arms, strict=True) if finished(run)}
-        for name, numbers in zip(
-            ready.values(), measure(list(ready), output / f"heldout-{seed}", args.heldout, args.judge), strict=True
-        ):
+        measured = measure(list(ready), output / f"heldout-{seed}", args.heldout, args.judge)
+        for name, numbers in zip(ready.values(), measured, strict=True):
             found.setdefault(name, []).append(numbers)
     if not found:
         raise UserError(f"{output}: no arm is finished yet")

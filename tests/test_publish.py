@@ -82,13 +82,13 @@ def test_the_agreement_with_16_bits_is_the_share_of_equal_likeliest_tokens(train
     found = {"4bit": [torch.tensor([1, 2, 3]), torch.tensor([4])], "bf16": [torch.tensor([1, 2, 9]), torch.tensor([4])]}
     monkeypatch.setattr(publish, "likeliest", lambda cfg, adapter, load_in, texts: found[load_in])
     adapter = publish.find_adapter(str(trained))
-    cfg = publish.Config(**publish.stored_config(trained))
+    cfg = publish.Config(**publish.settings_of(trained))
     told = publish.agreement(cfg, adapter, 2)
     assert told == "with the adapter apart the two agree on 75% of the likeliest next tokens, on 2 references"
 
 
 def test_the_likeliest_tokens_are_those_of_a_plain_pass(trained):
-    adapter, cfg = publish.find_adapter(str(trained)), publish.Config(**publish.stored_config(trained))
+    adapter, cfg = publish.find_adapter(str(trained)), publish.Config(**publish.settings_of(trained))
     (found,) = publish.likeliest(cfg, adapter, "fp32", [("Why?", "Because it is.")])
     llm = publish.model.load(cfg.model, load_in="fp32")
     llm.take_adapter(adapter.folder)
