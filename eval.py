@@ -40,6 +40,7 @@ from model import LLM, Completion
 AGAIN = "the same command"  # goes on where an evaluation ended
 TOKEN_BUDGET = 98_304  # rows x longest row of a batch, at first: generate halves it where memory runs out
 CHUNK = 64  # prompts that are answered before their answers are written down
+DOCUMENTS = 32  # documents whose problems are written side by side
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namesp
     documents = list(islice(unseen, args.limit or 64))
     had = read_episodes(path) if path.exists() else []
     todo = [d for d in documents if d not in [e.document for e in had]]
-    for start in tqdm(range(0, len(todo), 8), desc="problems", unit="document", unit_scale=8):
-        new = heldout.make(llm, todo[start : start + 8], cfg)
+    for start in tqdm(range(0, len(todo), DOCUMENTS), desc="problems", unit="document", unit_scale=DOCUMENTS):
+        new = heldout.make(llm, todo[start : start + DOCUMENTS], cfg)
         runlog.append(path, *map(asdict, new), again=AGAIN)
         had += new
     kept = [e for e in data.alive(had) if e.document in documents]

@@ -251,12 +251,13 @@ def propose(llm: LLM, documents: Sequence[Document], cfg: Config, rng: random.Ra
     them up.
     """
     episodes = [Episode(document) for document in documents]
-    at_once = crutches.TRIES_AT_ONCE if cfg.crutches else 1
-    for tried in range(0, cfg.tries, at_once):
-        if todo := [e for e in episodes if not e.reference]:
-            with role(llm, cfg):
-                problems = write_problems(llm, todo, min(at_once, cfg.tries - tried), cfg, rng)
-                write_references(llm, gate(llm, problems, cfg), cfg)
+    tried = 0
+    while tried < cfg.tries and (todo := [e for e in episodes if not e.reference]):
+        # Later attempts fill the rows that the first one had: on a GPU decoding hardly takes longer for more rows.
+        at_once = min(cfg.tries - tried, crutches.TRIES_AT_ONCE if cfg.crutches else len(episodes) // len(todo))
+        with role(llm, cfg):
+            write_references(llm, gate(llm, write_problems(llm, todo, at_once, cfg, rng), cfg), cfg)
+        tried += at_once
     for e in episodes:
         if not e.reference:
             e.drop = f"proposer/{e.failures[-1]['reason']}"

@@ -431,13 +431,13 @@ def test_a_document_whose_references_all_fail_is_dropped(llm):
 @pytest.mark.parametrize(("bad", "reason"), [("the", "unfinished"), (cut(tagged(BREAD_PROBLEM)), "unfinished")])
 def test_only_documents_without_a_pair_are_tried_again(llm, bad, reason):
     script = Script(
-        llm, [tagged(KESTREL_PROBLEM), bad], [KESTREL_REFERENCE], [tagged(BREAD_PROBLEM)], [BREAD_REFERENCE]
+        llm, [tagged(KESTREL_PROBLEM), bad], [KESTREL_REFERENCE], [[tagged(BREAD_PROBLEM), "no"]], [BREAD_REFERENCE]
     )
     kestrel, bread = propose(script, [KESTREL, BREAD], tries=5)
     asked = [BREAD.text in prompt for call in script.calls for prompt in call.prompts]
     assert asked == [False, True, False, True, True]
     assert (kestrel.reference, bread.reference) == (KESTREL_REFERENCE, BREAD_REFERENCE)
-    assert (kestrel.failures, [f["reason"] for f in bread.failures]) == ([], [reason])
+    assert (kestrel.failures, [f["reason"] for f in bread.failures]) == ([], [reason, "unfinished"])
 
 
 def test_an_unfinished_reference_is_rejected(llm):
@@ -474,6 +474,14 @@ def test_attempts_side_by_side_are_no_more_than_the_tries(llm):
     script = Script(llm, [["no"] * 3], [["no"] * 2])
     propose(script, [KESTREL], tries=5, crutches=True)
     assert [call.n for call in script.calls] == [3, 2]
+
+
+def test_later_attempts_fill_the_rows_of_the_first(llm):
+    script = Script(llm, ["no", tagged(BREAD_PROBLEM)], [BREAD_REFERENCE], [["no", "no"]], [["no"]])
+    kestrel, _ = propose(script, [KESTREL, BREAD], tries=4)
+    asked = [(len(call.prompts), call.n) for call in script.calls if call.role == "propose"]
+    assert asked == [(2, 1), (1, 2), (1, 1)]
+    assert len(kestrel.failures) == 4
 
 
 # ------------------------------------------------------------------------------------------------------ gate
