@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 import rubric as judging
 from benchmarks.judges import NO_VERDICT, EndpointJudge, Question, Verdict
-from config import Config, settings_of
+from config import Config, resolved, settings_of
 from data import Answer, Criterion, Document, Episode, UserError
 from engine import checkpoint, loading, sources
 from engine.parsing import written_ratings
@@ -80,8 +80,13 @@ CONFIGURATIONS = {"trl": ("trl.yaml", TRL), "verl": ("verl.sh", VERL)}
 
 
 class DigitJudge(EndpointJudge):
-    """Asks for no more than the first token and takes the expected value of 0, 1 and 2, as rubric.judge_by_logits does,
-    but that a digit which is not among the 20 likeliest tokens counts as impossible."""
+    """Asks for no more than the first token and takes the expected value of 0, 1 and 2, as rubric.judge_by_logits does.
+
+    A digit that is not among the 20 likeliest tokens counts as impossible. From 0.5B on all three are; if not, it says
+    so once, unless they could not matter.
+    """
+
+    rough = False
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -97,14 +102,18 @@ class DigitJudge(EndpointJudge):
         self._count(True)
         tokens = getattr(getattr(choice, "logprobs", None), "content", None)
         likeliest = getattr(tokens[0], "top_logprobs", None) if tokens else None
+        where = f"the judge {self.label} at {self.url}"
         if not likeliest:
             self._silent = self.give_up  # the other threads ask no more
             remedy = "vLLM and SGLang do, or export with --judge-by generate"
-            raise UserError(f"the judge {self.label} at {self.url} gives no log-probabilities: {remedy}")
+            raise UserError(f"{where} gives no log-probabilities: {remedy}")
         known = {t.token: math.exp(t.logprob) for t in reversed(likeliest)}
         zero, one, two = (known.get(digit, 0.0) for digit in "012")
         if not (total := zero + one + two):
             return Verdict(question.id, None, "", f"{NO_VERDICT}: its likeliest first tokens are no 0, 1 or 2")
+        if 0.0 in (zero, one, two) and min(known.values()) > 0.01 * total and not self.rough:
+            self.rough = True
+            tqdm.write(f"WARNING: {where} seldom replies 0, 1 or 2, which makes its ratings rough: take a larger one")
         return Verdict(question.id, [(one + 2 * two) / total], "")
 
 
@@ -165,7 +174,8 @@ class Reward:
             judging.reward(answer, e, self.cfg)
         reasons = [v.reason for v in verdicts.values() if v.value is None and not v.reason.startswith(NO_VERDICT)]
         said = f"the judge {self.judge.label} at {self.judge.url} left {len(reasons)} of {len(asked)} questions open"
-        return [answer.reward for answer in answers], f"{said}: {reasons[0]}" if reasons else ""
+        remedy = "see that it runs there, with a context for problem, answer and criterion"
+        return [answer.reward for answer in answers], f"{said}: {reasons[0]}; {remedy}" if reasons else ""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -205,7 +215,7 @@ def read(args: argparse.Namespace) -> tuple[Config, list[Episode]]:
         raise UserError(f"{args.source}: no run's folder (no config.json in it)")
     given = {"model": args.model, "max_new_tokens": args.max_new_tokens, "judge": args.judge_by}
     settings = settings_of(args.source) if run else {}
-    cfg = Config(**{**settings, **{name: value for name, value in given.items() if value is not None}})
+    cfg = resolved(Config(**{**settings, **{name: value for name, value in given.items() if value is not None}}))
     if cfg.rubric == "holistic":
         raise UserError(f"{args.source} was judged without criteria (--rubric holistic): there is no rubric to export")
     path = args.source / "episodes.jsonl" if run else args.source

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,7 +144,9 @@ def test_verls_rewards_of_recorded_answers_are_those_of_pop(recorded, served, fo
     rows, module = exported(run_of(tmp_path / "run", few, folder), "verl", served.url)
     for row, e in zip(rows, few, strict=True):
         named = {"ground_truth": row["reward_model"]["ground_truth"], "data_source": row["data_source"]}
-        found = [module.verl_reward(solution_str=a.text, extra_info=row["extra_info"], **named) for a in e.answers]
+        given = [dict(solution_str=a.text, extra_info=dict(row["extra_info"], num_turns=2), **named) for a in e.answers]
+        with ThreadPoolExecutor(8) as threads:  # as verl calls it
+            found = list(threads.map(lambda some: module.verl_reward(**some), given))
         assert found == pytest.approx([a.reward for a in e.answers], abs=1e-5)
     assert {a.finished for e in few for a in e.answers} == {True, False}
 
@@ -188,8 +191,8 @@ def test_a_judge_that_writes_is_asked_as_by_pop_and_its_ratings_find_their_crite
     assert "logprobs" not in server.requests[0] and server.requests[0]["temperature"] == 0.0
 
 
-def chances(**of):
-    likeliest = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in of.items()]
+def chances(*of):
+    likeliest = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in of]
     return {"message": {"content": "2"}, "logprobs": {"content": [{**likeliest[0], "top_logprobs": likeliest}]}}
 
 
@@ -212,13 +215,23 @@ def reward_of(one, server, folder, to="trl", **settings):
 
 
 def test_a_digit_beyond_the_likeliest_tokens_is_taken_for_impossible(one, endpoint, folder):  # noqa: F811
-    server = endpoint(lambda *_: chances(**{"Yes": -0.1, "2": -1.0, " 1": -1.0, "1": -2.0}))
+    server = endpoint(lambda *_: chances(("Yes", -0.1), ("2", -1.0), (" 1", -1.0), ("1", -2.0), ("2", -9.0)))
     two, one_ = 2.718281828**-1, 2.718281828**-2
     assert reward_of(one, server, folder) == pytest.approx((2 * two + one_) / (two + one_) / 2)
 
 
+def test_a_judge_that_seldom_replies_a_digit_is_said_to_be_rough_once(one, endpoint, folder, capsys):  # noqa: F811
+    server = endpoint(lambda *_: chances(("Yes", -0.1), ("2", -3.0), ("No", -3.2)))
+    one.rubric.append(Criterion("d", "e", "Says f.", 1.0))
+    assert reward_of(one, server, folder) == 1.0
+    assert capsys.readouterr().out.count("seldom replies 0, 1 or 2") == 1
+    server = endpoint(lambda *_: chances(("2", -0.1), ("1", -1.0), ("No", -9.0)))
+    reward_of(one, server, folder)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_reply_without_a_rating_is_left_out_by_trl_and_0_for_verl(one, endpoint, folder):  # noqa: F811
-    server = endpoint(lambda *_: chances(Yes=-0.1, No=-1.0))
+    server = endpoint(lambda *_: chances(("Yes", -0.1), ("No", -1.0)))
     assert reward_of(one, server, folder) is None
     assert reward_of(one, server, folder, "verl") == 0.0
 
@@ -242,7 +255,7 @@ def test_a_judge_that_cannot_be_used_ends_the_training_with_one_line(one, endpoi
 
 
 def test_answers_that_got_no_reply_are_left_out_and_said(one, endpoint, folder, capsys, monkeypatch):  # noqa: F811
-    server = endpoint(lambda text, n, request: (503, "busy") if "Lost" in text else chances(**{"1": -0.1}))
+    server = endpoint(lambda text, n, request: (503, "busy") if "Lost" in text else chances(("1", -0.1)))
     reward = export.Reward(server.url, "big", model=str(folder))
     criteria = json.dumps([asdict(c) for c in one.rubric])
     texts = [one.answers[0].text, "Lost and found in the oven of a baker."]
@@ -302,9 +315,11 @@ def test_configurations_are_short_and_take_the_settings_of_the_run(recorded, ser
     subprocess.run(["sh", "-n", tmp_path / "run-verl/verl.sh"], check=True)
 
 
-def test_a_file_of_episodes_is_exported_with_the_default_settings(recorded, served, folder, tmp_path):
+def test_a_file_of_episodes_is_exported_with_the_default_settings(recorded, served, folder, tmp_path, monkeypatch):
     (tmp_path / "episodes.jsonl").write_text(json_lines(recorded))
-    _, module = exported(tmp_path / "episodes.jsonl", "trl", served.url, "--model", str(folder), "--judge-by", "each")
+    monkeypatch.chdir(folder.parent)  # the trainer will be started elsewhere
+    more = ["--model", folder.name, "--judge-by", "each"]
+    _, module = exported(tmp_path / "episodes.jsonl", "trl", served.url, *more)
     assert module.reward.cfg == Config(model=str(folder), judge="each")
 
 
@@ -323,6 +338,7 @@ def test_mistakes_are_one_line_and_write_nothing(recorded, served, folder, tmp_p
     (tmp_path / "none.jsonl").write_text(json_lines([replace(recorded[0], rubric=[])]))
     refused("none.jsonl: none of its 1 episodes has a rubric", str(tmp_path / "none.jsonl"), *argv[1:])
     refused("without criteria", str(run_of(tmp_path / "whole", recorded, folder, rubric="holistic")), *argv[1:])
+    refused("model folder not found: ./none", *argv, "--model", "./none")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
@@ -340,20 +356,19 @@ def test_a_judge_that_is_not_there_yet_does_not_matter(recorded, endpoint, folde
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
-def test_trl_trains_two_steps_on_what_was_exported(recorded, served, tmp_path, monkeypatch):
-    from trl.scripts import grpo
-
+def test_trl_trains_two_steps_on_what_was_exported(recorded, served, tmp_path):
     model = training.tiny_folder(tmp_path / "model")
     source = run_of(tmp_path / "run", recorded, model, load_in="fp32", max_new_tokens=12, skip_guards=("all",))
     exported(source, "trl", served.url)
     served.requests.clear()
-    monkeypatch.chdir(tmp_path / "run-trl")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "run-trl"
     steps = "--max_steps 2 --save_steps 2 --logging_steps 1 --use_cpu true --report_to none".split()
-    grpo.main(*grpo.make_parser().parse_args_and_config(["--config", "trl.yaml", *steps]))
-    state = json.loads(Path("trained/checkpoint-2/trainer_state.json").read_text())
-    assert [log["step"] for log in state["log_history"]][:2] == [1, 2]
-    assert all(0 < log["rewards/trl_reward/mean"] < 1 for log in state["log_history"][:2])
+    command = [sys.executable, "-m", "trl.scripts.grpo", "--config", "trl.yaml", *steps]  # what `trl grpo` starts
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = json.loads((folder / "trained/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in logs] == [1, 2]
+    assert all(0 < log["rewards/trl_reward/mean"] < 1 and log["reward_std"] > 0 for log in logs)
     assert len(served.requests) == 2 * 2 * 2 * 2  # steps, problems, answers, criteria
-    weights = load_file("trained/adapter_model.safetensors")
+    weights = load_file(folder / "trained/adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
