@@ -128,17 +128,17 @@ def on_gpu(shapes: Shapes, cfg: Config, dequantized: bool) -> Cost:
     return cost
 
 
-# Measured on two cores of an EPYC: the demo with 4 documents and one thread to a process, by the number of processes;
-# medians of six steps (three seeds). Seconds of CPU time, since others computed beside it.
+# Measured on two quiet cores of an EPYC, by the number of processes: seconds of a step of the demo with 4 documents and
+# one thread to a process, medians of two steps with each of three seeds.
 CPU = {
-    1: {"propose": 8.3, "solve": 4.2, "rubric": 11.0, "judge": 5.7, "update": 13.6, "waiting": 0.0, "step": 41.9},
-    2: {"propose": 4.9, "solve": 3.1, "rubric": 7.1, "judge": 2.5, "update": 6.6, "waiting": 2.5, "step": 27.5},
+    1: {"propose": 7.5, "solve": 3.8, "rubric": 10.4, "judge": 5.5, "update": 13.1, "waiting": 0.0, "step": 39.7},
+    2: {"propose": 4.9, "solve": 2.9, "rubric": 6.6, "judge": 2.4, "update": 6.5, "waiting": 2.3, "step": 25.9},
 }
 CPU_DOCUMENTS = 4
 # Counted in two of these steps by one process: tokens read, and rows of a decoding step in the mean.
 CPU_READ = {"propose": 1_912, "solve": 238, "rubric": 2_668}
 CPU_ROWS = {"propose": 6.8, "solve": 13.7, "rubric": 3.1}
-CPU_TOKEN = 1.3e-3  # seconds to read a token: the judge took 3.0 s for 2,360, 6.5 s for 4,970
+CPU_TOKEN = 1.24e-3  # seconds to read a token: the judge took 2.9 s for 2,360 and 6.2 s for 4,970
 
 
 def on_cpu(groups: Sequence[Group]) -> dict[str, float]:
@@ -192,6 +192,10 @@ def markdown(header: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def error(by_formula: float, measured: float) -> str:
+    return f"{round(100 * (by_formula / measured - 1)):+d}%"
+
+
 def steps_table() -> str:
     rows = []
     for name in NAMES:
@@ -228,14 +232,17 @@ def waiting_table() -> str:
 
 
 def corpus_table() -> str:
-    rows = []
+    cfg, rows = settings(64), []
+    pages = {
+        name: 3600 * cfg.documents_taken / predicted(name, 8, 64)["step"] / 8 for name in NAMES
+    }  # of a GPU, an hour
+    hours = [f"{1e9 / pages[name] / 1e6:.1f} million" for name in NAMES]
     for judge, (groups, documents) in YIELD.items():
-        pages = {n: settings(64).oversample * groups_per_hour(n, 8, 64) for n in NAMES}
-        hours = (f"{n}: {1e9 / page / 1e6:.1f} million" for n, page in pages.items())
-        rows.append(
-            [judge, share(groups, documents), f"{1e9 * groups / documents / 1e6:,.0f} million", ", ".join(hours)]
-        )
-    return markdown("acceptance of | documents with a group | groups in a billion pages | H200 hours", rows)
+        got = 1e9 * groups / documents
+        tokens = f"{got * cfg.group_size * cfg.max_new_tokens / 1e12:.1f} trillion"
+        rows.append([judge, share(groups, documents), f"{got / 1e6:.0f} million", tokens, *hours])
+    header = "acceptance of | documents with a group | groups | tokens of answers | hours of an H200, 7B | 32B | 72B"
+    return markdown(header, rows)
 
 
 def h200_table() -> str:
@@ -252,7 +259,7 @@ def h200_table() -> str:
         ("the same dequantized", 12.1, decoding(SEVEN, wide, batch, 1024, True)),
         ("rollout beside TRL, 32 rows of up to 192, NF4, s", 3.85, decoding(SEVEN, wide, batch, 192, False)),
     ]
-    rows = [[what, f"{m:g}", f"{p:.3g}", f"{p / m - 1:+.0%}"] for what, m, p in found]
+    rows = [[what, f"{m:g}", f"{p:.3g}", error(p, m)] for what, m, p in found]
     return markdown("H200, 7B | measured | formula | error", rows)
 
 
@@ -261,8 +268,8 @@ def cpu_table() -> str:
     found = simulate(on_cpu, CPU_DOCUMENTS, CPU_DOCUMENTS, 2, lambda: drawn(rng))
     rows = []
     for phase, seconds in found.items():
-        error = f"{seconds / CPU[2][phase] - 1:+.0%}" if phase != "waiting" else ""
-        rows.append([phase, *(f"{value:.1f}" for value in (CPU[1][phase], CPU[2][phase], seconds)), error])
+        off = error(seconds, CPU[2][phase]) if phase != "waiting" else ""
+        rows.append([phase, *(f"{value:.1f}" for value in (CPU[1][phase], CPU[2][phase], seconds)), off])
     return markdown("two CPU cores, 135M | one process, measured | two, measured | two, predicted | error", rows)
 
 
