@@ -118,12 +118,9 @@ def on_gpu(shapes: Shapes, cfg: Config, dequantized: bool) -> Cost:
         reading = counted["propose"] * sum(tried) / cfg.tries + counted["rubric"] * sum(written) / 3
         reading += counted["solve"] * len(groups)
         update = counted["update"] * taken / cfg.documents * size
-        forward, weights = FORWARD * shapes.linear_params, shapes.linear_params
-        return phases | {
-            "reading": forward * reading,
-            "judge": forward * counted["judge"] * size,
-            "update": UPDATE * weights * update,
-        }
+        reading, judge = FORWARD * reading, FORWARD * counted["judge"] * size
+        rest = {"reading": reading, "judge": judge, "update": UPDATE * update}
+        return phases | {phase: seconds * shapes.linear_params for phase, seconds in rest.items()}
 
     return cost
 

@@ -11,7 +11,19 @@ import torch
 import model
 from engine import memory
 from lab import gpu, plan, scaling, steps
-from lab.scaling import SEVEN, Group, decoding_step, drawn, on_gpu, predicted, settings, simulate
+from lab.scaling import (
+    CPU,
+    CPU_DOCUMENTS,
+    SEVEN,
+    Group,
+    decoding_step,
+    drawn,
+    on_cpu,
+    on_gpu,
+    predicted,
+    settings,
+    simulate,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -150,4 +162,15 @@ def test_more_gpus_are_faster_and_each_does_less():
 
 def test_groups_that_differ_are_waited_for():
     drawn_as_measured, lengths, attempts = (predicted("7B", 64, 512, kind) for kind in ("", "lengths", "attempts"))
-    assert drawn_as_measured["waiting"] > max(lengths["waiting"], attempts["waiting"]) > 0
+    assert drawn_as_measured["waiting"] > max(lengths["waiting"], attempts["waiting"])
+    assert min(lengths["waiting"], attempts["waiting"]) > 1  # seconds, of which summing the gradients takes 0.03
+
+
+def test_the_prediction_for_two_processes_starts_from_what_one_took():
+    one, two = (simulate(on_cpu, CPU_DOCUMENTS, CPU_DOCUMENTS, n, alike) for n in (1, 2))
+    assert one == pytest.approx({**CPU[1], "step": sum(CPU[1].values()) - CPU[1]["step"]}, abs=1e-9)
+    for phase in ("judge", "update"):
+        assert two[phase] == pytest.approx(one[phase] / 2)
+    for phase in scaling.CPU_ROWS:  # a decoding step of half the rows takes more than half as long
+        assert 0.55 * one[phase] < two[phase] < one[phase]
+    assert abs(two["step"] / CPU[2]["step"] - 1) < 0.1  # of the measured one
