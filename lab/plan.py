@@ -77,6 +77,8 @@ KNOWN = {
     "Qwen/Qwen2.5-3B": Shapes(2048, 36, 16, 2, 128, 11_008, 151_936, tied=True, qkv_bias=True),
     "Qwen/Qwen2.5-7B": Shapes(3584, 28, 28, 4, 128, 18_944, 152_064, qkv_bias=True),
     "Qwen/Qwen2.5-14B": Shapes(5120, 48, 40, 8, 128, 13_824, 152_064, qkv_bias=True),
+    "Qwen/Qwen2.5-32B": Shapes(5120, 64, 40, 8, 128, 27_648, 152_064, qkv_bias=True),
+    "Qwen/Qwen2.5-72B": Shapes(8192, 80, 64, 8, 128, 29_568, 152_064, qkv_bias=True),
 }
 
 

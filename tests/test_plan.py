@@ -46,6 +46,8 @@ def tiny_llama() -> transformers.LlamaForCausalLM:
         ("Qwen/Qwen2.5-3B", 3_085_938_688),
         ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
         ("Qwen/Qwen2.5-14B", 14_770_033_664),
+        ("Qwen/Qwen2.5-32B", 32_763_876_352),
+        ("Qwen/Qwen2.5-72B", 72_706_203_648),
     ],
 )
 def test_known_models_have_their_published_parameter_counts(name: str, params: int):
