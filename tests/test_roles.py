@@ -13,7 +13,7 @@ import torch
 import rubric
 from data import Document
 from engine import crutches
-from engine.examples import EXAMPLES
+from engine.examples import EXAMPLES, example_fault
 from engine.parsing import in_tags
 from model import LLM, Completion
 from pop import Config
@@ -633,6 +633,16 @@ def test_a_problem_with_a_name_from_the_examples_copies_them_unless_its_document
     script = Script(llm, [tagged(copied)], [KESTREL_REFERENCE])
     (e,) = propose(script, [own])
     assert (e.failures, e.problem) == ([], copied)
+
+
+@pytest.mark.parametrize("task", list(EXAMPLES))
+def test_a_problem_in_the_words_of_an_example_copies_it_unless_its_document_has_the_words(task):
+    shown = EXAMPLES[task][1].problem.split()
+    start = next(i for i in range(len(shown)) if not re.search(r"[A-Z-]", " ".join(shown[i : i + 8])))  # no name, 8 words
+    seven, eight = (f"He asks whether {' '.join(shown[start : start + n])} too" for n in (7, 8))
+    assert example_fault(seven, "a document", task) is None
+    assert example_fault(eight, "a document", task) == "copies an example"
+    assert example_fault(eight, f"a document: {eight}", task) is None
 
 
 def test_models_on_crutches_are_shown_no_examples():
