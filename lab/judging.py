@@ -91,13 +91,15 @@ def ranks(llm: model.LLM, episodes: Sequence[Episode], judge: str, cfg: Config) 
     """How a way of judging ranks the recorded answers of each group: Kendall's tau-b between its grades and something
     else. A group gives none where one of the two is the same for all answers, or was not recorded.
     """
-    found: dict[str, list[float]] = {"the recorded grades": [], "the likeness to the reference": []}
+    names = ("the recorded grades", "the likeness to the reference", "the length in words")
+    found: dict[str, list[float]] = {name: [] for name in names}
     again = [
         replace(e, answers=[replace(a, ratings=None) for a in e.answers], controls=[], failures=[]) for e in episodes
     ]
     for e, grades in zip(episodes, graded(llm, again, judge, cfg), strict=True):
         alike = heldout.similarities([(final_answer(a.text), e.reference) for a in e.answers]) if e.answers else None
-        others: list[Sequence[float | None]] = [[a.grade for a in e.answers], alike or []]
+        lengths = [len(final_answer(a.text).split()) for a in e.answers]
+        others: list[Sequence[float | None]] = [[a.grade for a in e.answers], alike or [], lengths]
         for name, values in zip(found, others, strict=True):
             pairs = [(x, y) for x, y in zip(grades, values, strict=False) if x is not None and y is not None]
             tau = kendalltau([x for x, _ in pairs], [y for _, y in pairs]).statistic if len(pairs) > 1 else math.nan

@@ -101,6 +101,17 @@ def decoding(shapes: Shapes, rows: int, batch: Batch, new: float, dequantized: b
     return sum(new * decoding_step(shapes, part, batch.prompt + new / 2, dequantized) for part in parts)
 
 
+def side_by_side(tries: Sequence[int], most: int) -> list[int]:
+    """Attempts at a problem in each round, as rubric.propose makes them: in later ones several for a document left."""
+    rows: list[int] = []
+    done = 0
+    while done < most and (left := sum(t > done for t in tries)):
+        at_once = min(most - done, len(tries) // left)
+        rows.append(left * at_once)
+        done += at_once
+    return rows
+
+
 def on_gpu(shapes: Shapes, cfg: Config, dequantized: bool) -> Cost:
     """Of a process with an H200: texts as long as --dry-run counts them, attempts as many as are drawn."""
     work, taken = work_of(cfg), cfg.documents_taken
@@ -109,10 +120,10 @@ def on_gpu(shapes: Shapes, cfg: Config, dequantized: bool) -> Cost:
 
     def cost(groups: Sequence[Group]) -> dict[str, float]:
         size = sum(g.length for g in groups)
-        tried, written = [g.tries for g in groups], [g.rubrics for g in groups]
+        tried, written = side_by_side([g.tries for g in groups], cfg.tries), [g.rubrics for g in groups]
         # Documents left at each attempt are decoded together.
-        left = {"propose": [sum(t > k for t in tried) for k in range(max(TRIES))]}
-        left |= {"solve": [len(groups) * cfg.group_size], "rubric": [sum(t > k for t in written) for k in range(3)]}
+        left = {"propose": tried, "solve": [len(groups) * cfg.group_size]}
+        left["rubric"] = [sum(t > k for t in written) for k in range(3)]
         new = {"propose": problem, "solve": cfg.max_new_tokens, "rubric": work["rubric"].new}
         phases = {r: sum(decoding(shapes, n, work[r], new[r], dequantized) for n in rows) for r, rows in left.items()}
         reading = counted["propose"] * sum(tried) / cfg.tries + counted["rubric"] * sum(written) / 3

@@ -120,8 +120,16 @@ def test_ranks_are_compared_within_each_group(monkeypatch, recorded, taus):
     assert found["the likeness to the reference"] == pytest.approx([-1.0] * 2)
 
 
+def test_a_judge_that_likes_length_is_told_of(monkeypatch):
+    texts = ["one", "one two", "one two three four", "one two three"]
+    judged_by(monkeypatch, lambda e, text: [texts.index(text) / 2])
+    monkeypatch.setattr(judging.heldout, "similarities", lambda pairs: None)
+    found = judging.ranks(None, [group([None] * 4, texts)], "logits", Config())
+    assert found["the length in words"] == pytest.approx([(5 - 1) / 6])
+
+
 def test_without_answers_or_likeness_there_is_no_tau(monkeypatch):
     judged_by(monkeypatch, lambda e, text: ["abcd".index(text) / 2])
     monkeypatch.setattr(judging.heldout, "similarities", lambda pairs: None)
     found = judging.ranks(None, [group([]), group([0.1, 0.2])], "logits", Config())
-    assert found == {"the recorded grades": [1.0], "the likeness to the reference": []}
+    assert found == {"the recorded grades": [1.0], "the likeness to the reference": [], "the length in words": []}
