@@ -99,7 +99,7 @@ def table(found: Mapping[str, Any], core: bool = False) -> str:
     columns = {name: c for name, c in found["columns"].items() if not core or name.partition(" ")[0] in CORE}
     order = sorted(columns, key=lambda name: (name not in ("tokens", "repeated"), list(columns).index(name)))
     rows = list(dict.fromkeys(row for column in columns.values() for row in column))
-    rows.sort(key=lambda row: f" - {CONTROL}" in row)  # these last
+    rows.sort(key=lambda row: (f" - {CONTROL}" in row, row != "base"))  # the base first, these last
     lines = [["arm", "steps", *order]]
     for row in rows:
         steps = ", ".join(str(n) for run, n in found["steps"].items() if arm_of(run) == row)

@@ -638,7 +638,7 @@ def test_a_problem_with_a_name_from_the_examples_copies_them_unless_its_document
 @pytest.mark.parametrize("task", list(EXAMPLES))
 def test_a_problem_in_the_words_of_an_example_copies_it_unless_its_document_has_the_words(task):
     shown = EXAMPLES[task][1].problem.split()
-    start = next(i for i in range(len(shown)) if not re.search(r"[A-Z-]", " ".join(shown[i : i + 8])))  # no name, 8 words
+    start = next(i for i in range(len(shown)) if not re.search(r"[A-Z-]", " ".join(shown[i : i + 8])))  # without a name
     seven, eight = (f"He asks whether {' '.join(shown[start : start + n])} too" for n in (7, 8))
     assert example_fault(seven, "a document", task) is None
     assert example_fault(eight, "a document", task) == "copies an example"
