@@ -2,14 +2,17 @@
 
 import json
 import re
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from config import parse_args
 from data import UserError
 from engine import stats
-from lab import experiment
+from lab import experiment, sweep
 
 ROOT = Path(__file__).parents[1]
 KEPT = sorted((ROOT / "docs" / "results").glob("*.json"))
@@ -106,7 +109,8 @@ def test_the_table_has_steps_and_marks_what_is_clear_of_nothing(made):
     assert (rows["written"]["steps"], rows["random"]["steps"], rows["base"]["steps"]) == ("3, 2", "1", "")
     assert rows["written"]["reference_logp"].startswith("**+0.383 ")
     assert rows["random"]["reference_logp"].startswith("-0.050 ")
-    assert rows["written"]["win_rate (M)"].startswith("**0.79") and rows["random"]["win_rate (M)"].startswith("0.500 [0.")
+    assert rows["written"]["win_rate (M)"].startswith("**0.79")
+    assert rows["random"]["win_rate (M)"].startswith("0.500 [0.")
     assert not rows["base"]["reference_logp"].startswith("**")
 
 
@@ -139,3 +143,17 @@ def test_what_is_missing_is_named(made):
         experiment.collect([], [runs])
     with pytest.raises(UserError, match=r"none\.json cannot be read .*--runs and --evals"):
         experiment.main([str(runs / "none.json")])
+
+
+def test_the_prepared_arms_are_runs_that_differ_in_their_own_flags_alone():
+    arms = sweep.read_arms(ROOT / "docs" / "experiment.txt")
+    made = {name: asdict(parse_args(shlex.split(flags))) for name, flags in arms.items()}
+    changed = {name: {f for f in cfg if cfg[f] != made["written"][f]} for name, cfg in made.items()}
+    assert changed == {
+        "written": set(),
+        "random": {"reward"},
+        "generic": {"rubric"},
+        "no-gold": {"rubric_gold"},
+        "no-guards": {"skip_guards"},
+        "dpo": {"loss", "replay", "lr"},
+    }
