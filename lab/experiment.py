@@ -28,7 +28,7 @@ from engine.text import repeated
 from lab import curves, report
 
 ROOT = Path(__file__).parents[1]
-CONTROL = "random"  # the arm that all others should beat
+SUBJECT, CONTROL = "written", "random"  # the arm that the experiment is about, and that which all should beat
 CURVES = {"reward_mean": "reward", "completion_length": "tokens of an answer", "truncated_share": "share cut off"}
 MEASURES = ("grade", "reward", "win_rate", "similarity", "reference_logp", "strict_average")
 OF_JUDGE = ("grade", "reward", "win_rate")  # named with the judge that gave them
@@ -99,6 +99,8 @@ def table(found: Mapping[str, Any], core: bool = False) -> str:
     columns = {name: c for name, c in found["columns"].items() if not core or name.partition(" ")[0] in CORE}
     order = sorted(columns, key=lambda name: (name not in ("tokens", "repeated"), list(columns).index(name)))
     rows = list(dict.fromkeys(row for column in columns.values() for row in column))
+    if core:  # of the differences to the control one alone
+        rows = [row for row in rows if f" - {CONTROL}" not in row or row.startswith(f"{SUBJECT} - ")]
     rows.sort(key=lambda row: (f" - {CONTROL}" in row, row != "base"))  # the base first, these last
     lines = [["arm", "steps", *order]]
     for row in rows:
