@@ -130,7 +130,7 @@ def test_trls_rewards_of_recorded_answers_are_those_of_pop(recorded, served, fol
     rows, module = exported(run_of(tmp_path / "run", recorded, folder), "trl", served.url, "--judge", "big")
     wanted = [a.reward for e in recorded for a in e.answers]
     found = module.trl_reward(**columns(rows, recorded), trainer_state=None, log_extra=None)
-    assert len(found) == 112 and found == pytest.approx(wanted, abs=1e-5)
+    assert len(found) == 112 and found == pytest.approx(wanted, abs=1e-6)
     guards = {name for e in recorded for a in e.answers for name in a.guards}
     assert guards == {"judge_addressing", "too_little_content", "length"}
     assert len({round(reward, 4) for reward in found}) > 80 and 0 in found
@@ -147,7 +147,7 @@ def test_verls_rewards_of_recorded_answers_are_those_of_pop(recorded, served, fo
         given = [dict(solution_str=a.text, extra_info=dict(row["extra_info"], num_turns=2), **named) for a in e.answers]
         with ThreadPoolExecutor(8) as threads:  # as verl calls it
             found = list(threads.map(lambda some: module.verl_reward(**some), given))
-        assert found == pytest.approx([a.reward for a in e.answers], abs=1e-5)
+        assert found == pytest.approx([a.reward for a in e.answers], abs=1e-6)
     assert {a.finished for e in few for a in e.answers} == {True, False}
 
 
