@@ -32,7 +32,7 @@ SUBJECT, CONTROL = "written", "random"  # the arm that the experiment is about, 
 CURVES = {"reward_mean": "reward", "completion_length": "tokens of an answer", "truncated_share": "share cut off"}
 MEASURES = ("grade", "reward", "win_rate", "similarity", "reference_logp", "strict_average")
 OF_JUDGE = ("grade", "reward", "win_rate")  # named with the judge that gave them
-CORE = ("tokens", "reward", "similarity", "reference_logp", "strict_average")  # the README's columns
+CORE = ("tokens", "reward", "similarity", "reference_logp", "win_rate", "strict_average")  # the README's columns
 
 
 def arm_of(name: str) -> str:

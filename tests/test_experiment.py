@@ -130,7 +130,7 @@ def test_one_command_writes_table_and_plot_to_the_pages_that_have_the_marks(made
     text = (runs / "README.md").read_text()
     core = experiment.table(json.loads((runs / "it.json").read_text()), core=True)
     assert text == f"before\n<!-- it -->\n{core}\n<!-- end -->\nafter\n<!-- other -->\nx\n<!-- end -->\n"
-    assert "win_rate" in printed and "win_rate" not in core
+    assert "repeated" in printed and "repeated" not in core
     assert (runs / "docs" / "page.md").read_text() == "no marks\n"
     assert (runs / "docs" / "images" / "it.png").stat().st_size > 1000
     experiment.main([str(runs / "it.json")])
