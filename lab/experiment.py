@@ -32,7 +32,8 @@ SUBJECT, CONTROL = "written", "random"  # the arm that the experiment is about, 
 CURVES = {"reward_mean": "reward", "completion_length": "tokens of an answer", "truncated_share": "share cut off"}
 MEASURES = ("grade", "reward", "win_rate", "similarity", "reference_logp", "strict_average")
 OF_JUDGE = ("grade", "reward", "win_rate")  # named with the judge that gave them
-CORE = ("tokens", "reward", "similarity", "reference_logp", "win_rate", "strict_average")  # the README's columns
+# The columns of the README.
+CORE = ("tokens", "grade", "reward", "similarity", "reference_logp", "win_rate", "strict_average")
 
 
 def arm_of(name: str) -> str:
@@ -44,9 +45,11 @@ def collect(runs: Sequence[Path], evals: Sequence[Path]) -> dict[str, Any]:
     """Steps and curves of the runs and, of each arm over its seeds, what the evaluations measured. Raises UserError."""
     found: dict[str, Any] = {"steps": {}, "curves": {}, "columns": {}}
     for run in runs:
-        metrics = report.Run(run).metrics
-        found["steps"][run.name] = metrics[-1]["step"] if metrics else 0
-        found["curves"][run.name] = {k: [[s, round(v, 4)] for s, v in curves.points(metrics, k)] for k in CURVES}
+        kept = report.Run(run)
+        found["steps"][run.name] = kept.metrics[-1]["step"] if kept.metrics else 0
+        if kept.config.get("replay") != "answers":  # whose answers and rewards are the recorded ones
+            points = {key: curves.points(kept.metrics, key) for key in CURVES}
+            found["curves"][run.name] = {key: [[s, round(v, 4)] for s, v in of] for key, of in points.items()}
     for folder in evals:
         if not (paths := sorted(folder.glob("results*.json"))):
             raise UserError(f"{folder}: no finished evaluation there (no results*.json)")
@@ -125,12 +128,14 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     arms = list(dict.fromkeys(map(arm_of, found["curves"])))
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for run, of in found["curves"].items():
+            if key == "reward_mean" and arm_of(run) == CONTROL:  # it says nothing
+                continue
             look = {"label": arm_of(run)} if run == next(r for r in found["curves"] if arm_of(r) == arm_of(run)) else {}
             axes.plot(*np.array(of[key]).T, color=f"C{arms.index(arm_of(run))}", linewidth=1.2, **look)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.axes[1].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -4,7 +4,8 @@ python -m lab.export RUN --to trl --out DIR --judge-url http://host:8000/v1   # 
 python -m lab.export RUN/episodes.jsonl --to verl --out DIR --judge-url URL   # then, in DIR: sh verl.sh
 
 DIR holds train.parquet, reward.py (the judge and the guards, to be read and changed) and a configuration. The judge is
-any model behind an OpenAI-compatible endpoint: with the base model of a run the rewards are those of that run.
+any model behind an OpenAI-compatible endpoint: by logits, with the base model of a run in its precision, the rewards
+are those of that run.
 """
 
 import argparse
