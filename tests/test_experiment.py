@@ -114,8 +114,14 @@ def test_the_table_has_steps_and_marks_what_is_clear_of_nothing(made):
     assert not rows["base"]["reference_logp"].startswith("**")
 
 
-def test_curves_are_kept_of_every_run(made):
+def test_curves_are_kept_of_a_run(made):
     assert collected(made)["curves"]["written-1"]["reward_mean"] == [[0, 0.0], [1, 0.1], [2, 0.2]]
+
+
+def test_a_run_on_recorded_answers_has_steps_and_no_curves(made):
+    (made[0] / "written-1" / "config.json").write_text('{"replay": "answers"}')
+    found = collected(made)
+    assert found["steps"]["written-1"] == 2 and set(found["curves"]) == {"written-0", "random-0"}
 
 
 def test_one_command_writes_table_and_plot_to_the_pages_that_have_the_marks(made, monkeypatch, capsys):
