@@ -180,7 +180,7 @@ class Reward:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.cfg.model)
+        return AutoTokenizer.from_pretrained(self.cfg.model, trust_remote_code=False)
 
 
 def questions(e: Episode, number: int, cfg: Config) -> list[tuple[list[int], Question]]:
