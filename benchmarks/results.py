@@ -80,19 +80,27 @@ def estimate(e: Mapping[str, Any] | None, sign: str = "") -> str:
     return f"{e['value']:{sign}.3f}" + ("" if e["low"] is None else f" [{e['low']:{sign}.3f}, {e['high']:{sign}.3f}]")
 
 
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """The results in an evaluation's folder. Raises UserError if there are none, or one cannot be read."""
+    if not (paths := sorted(folder.glob("results*.json"))):
+        raise UserError(f"{folder}: no finished evaluation there (no results*.json)")
+    found = []
+    for path in paths:
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found.append({name: result[name] for name in ("benchmark", "data")} | result)  # these all have
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}): run that evaluation again") from None
+    return found
+
+
 def side_by_side(folders: Sequence[Path]) -> str:
     """Finished evaluations, a table for each benchmark. Raises UserError if a folder has none."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
-        if not (paths := sorted(folder.glob("results*.json"))):
-            raise UserError(f"{folder}: no finished evaluation there (no results*.json)")
-        for path in paths:
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-                data = "" if result["data"] == "packaged" else f" {result['data']}"
-                groups.setdefault(result["benchmark"] + data, []).append(result)
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{path} cannot be read ({error}): run that evaluation again") from None
+        for result in finished(folder):
+            data = "" if result["data"] == "packaged" else f" {result['data']}"
+            groups.setdefault(result["benchmark"] + data, []).append(result)
     return "\n\n".join(
         f"{benchmark} ({'; '.join(dict.fromkeys(r['sampling'] for r in group))})\n{as_markdown(group)}"
         for benchmark, group in groups.items()

@@ -194,7 +194,7 @@ GATE_GOOD = (
 )
 
 
-COPIED = 8
+COPIED = 8  # words in a row
 
 
 def example_fault(problem: str, document: str, task: str) -> str | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import estimate
+from benchmarks.results import estimate, finished
 from data import UserError, read_lines
 from engine import stats
 from engine.text import repeated
@@ -47,14 +47,12 @@ def collect(runs: Sequence[Path], evals: Sequence[Path]) -> dict[str, Any]:
     for run in runs:
         kept = report.Run(run)
         found["steps"][run.name] = kept.metrics[-1]["step"] if kept.metrics else 0
-        if kept.config.get("replay") != "answers":  # whose answers and rewards are the recorded ones
+        if kept.config.get("replay") != "answers":  # with them the curves would be those of the recording
             points = {key: curves.points(kept.metrics, key) for key in CURVES}
             found["curves"][run.name] = {key: [[s, round(v, 4)] for s, v in of] for key, of in points.items()}
     for folder in evals:
-        if not (paths := sorted(folder.glob("results*.json"))):
-            raise UserError(f"{folder}: no finished evaluation there (no results*.json)")
-        for path in paths:
-            found["columns"] |= columns_of(json.loads(path.read_text(encoding="utf-8")), folder)
+        for result in finished(folder):
+            found["columns"] |= columns_of(result, folder)
     return found
 
 
@@ -122,13 +120,14 @@ def cell(value: Mapping[str, Any] | None, column: str, base: bool) -> str:
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
+    """The curves of all runs, those of an arm in one colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     arms = list(dict.fromkeys(map(arm_of, found["curves"])))
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for run, of in found["curves"].items():
-            if key == "reward_mean" and arm_of(run) == CONTROL:  # it says nothing
+            if key == "reward_mean" and arm_of(run) == CONTROL:  # a random reward says nothing
                 continue
             look = {"label": arm_of(run)} if run == next(r for r in found["curves"] if arm_of(r) == arm_of(run)) else {}
             axes.plot(*np.array(of[key]).T, color=f"C{arms.index(arm_of(run))}", linewidth=1.2, **look)

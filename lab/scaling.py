@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from config import PRESETS, Config
+from engine import stats
 from engine.memory import Batch, work_of
 from lab.plan import CARDS, GIB, KNOWN, Shapes, predict, tokens_of
 from lab.roles import share
@@ -195,9 +196,7 @@ def groups_per_hour(name: str, gpus: int, documents: int) -> float:
 
 
 def markdown(header: str, rows: Sequence[Sequence[str]]) -> str:
-    columns = header.split(" | ")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return stats.aligned([header.split(" | "), *rows])
 
 
 def error(by_formula: float, measured: float) -> str:

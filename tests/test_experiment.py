@@ -62,7 +62,7 @@ def made(tmp_path):
         }
         models[label] = {"mean_tokens": 100.0 if label == "base" else 50.0 + len(models)}
         write(folder / f"answers-{label}.jsonl", {"text": "one two three four " * (4 if label == "base" else 1)})
-    result = {"benchmark": "heldout", "judge": "M", "models": models, "scores": scores}
+    result = {"benchmark": "heldout", "data": "packaged", "judge": "M", "models": models, "scores": scores}
     write(folder / "results-M.json", result)
     return tmp_path, folder
 
