@@ -5,7 +5,7 @@
 
 The first collects what runs, whose folders are named ARM-SEED, and evaluations of them by eval.py hold. Both write the
 table to the pages that have the lines `<!-- NAME -->` and `<!-- end -->`, README.md and those of docs/, in the README
-with fewer columns, and the plot to docs/images/NAME.png.
+its core, and the plot to docs/images/NAME.png.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def table(found: Mapping[str, Any], core: bool = False) -> str:
     columns = {name: c for name, c in found["columns"].items() if not core or name.partition(" ")[0] in CORE}
     order = sorted(columns, key=lambda name: (name not in ("tokens", "repeated"), list(columns).index(name)))
     rows = list(dict.fromkeys(row for column in columns.values() for row in column))
-    if core:  # of the differences to the control one alone
-        rows = [row for row in rows if f" - {CONTROL}" not in row or row.startswith(f"{SUBJECT} - ")]
+    if core:
+        rows = [row for row in rows if row in ("base", SUBJECT, CONTROL, f"{SUBJECT} - {CONTROL}")]
     rows.sort(key=lambda row: (f" - {CONTROL}" in row, row != "base"))  # the base first, these last
     lines = [["arm", "steps", *order]]
     for row in rows:
