@@ -161,5 +161,6 @@ def test_the_prepared_arms_are_runs_that_differ_in_their_own_flags_alone():
         "generic": {"rubric"},
         "no-gold": {"rubric_gold"},
         "no-guards": {"skip_guards"},
+        "mild-guard": {"length_floor"},
         "dpo": {"loss", "replay", "lr"},
     }
