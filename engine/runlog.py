@@ -87,7 +87,11 @@ def metrics(
     corpus: Corpus,
     measured: dict[str, float | None],
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Rewards are over graded answers; a value that does not exist is null."""
+    """One line of metrics.jsonl. Rewards are over graded answers; a value that does not exist is null.
+
+    reward_spread, grade_spread: the standard deviation within a group, mean over groups, with the guards and without.
+    Where the first is much larger, the guards decide what is learned.
+    """
     graded = [e for e in episodes if e.answers and e.answers[0].reward is not None]
     answers = [a for e in graded for a in e.answers]
     rewards = [a.reward or 0.0 for a in answers]
@@ -99,6 +103,7 @@ def metrics(
         "reward_std": statistics.pstdev(rewards) if rewards else None,
         "reward_spread": mean([group_std(e) for e in graded]),
         "grade_mean": mean([a.grade or 0.0 for a in answers]),
+        "grade_spread": mean([statistics.pstdev([a.grade or 0.0 for a in e.answers]) for e in graded]),
         "zero_spread_share": zero / len(graded) if graded else None,
         "groups_trained": trained.get("groups_trained", 0),
         "drops": Counter(e.drop for e in episodes if e.drop),

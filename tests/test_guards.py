@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,6 +179,15 @@ def test_counts_of_each_guard_go_into_the_metrics():
     corpus = pop.Corpus("samples")
     counted = runlog.metrics(1, [episode], {}, {"solve": 1.0}, corpus, {})["guards"]
     assert counted == {"judge_addressing": 1, "too_little_content": 1, "copies_problem": 0, "length": 1}
+
+
+def test_the_metrics_tell_the_spread_that_the_judge_makes_from_the_spread_that_guards_make():
+    answers = [Answer(HONEST, [1] * n, ratings=[r]) for n, r in ((10, 1.0), (10, 1.2), (500, 1.4), (500, 1.6))]
+    episode = Episode(Document("d", ""), PROBLEM, "r", answers, [Criterion("n", "g", "d", 1.0)])
+    pop.grade([episode], CFG)
+    told = runlog.metrics(1, [episode], {}, {"solve": 1.0}, pop.Corpus("samples"), {})
+    assert told["grade_spread"] == pytest.approx(np.std([0.5, 0.6, 0.7, 0.8]))
+    assert told["reward_spread"] == pytest.approx(np.std([0.5, 0.6, 0.7 * 0.5, 0.8 * 0.5]))  # CFG's floor is 0.5
 
 
 def test_long_adversarial_text_is_read_in_linear_time():
