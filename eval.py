@@ -143,10 +143,21 @@ def fitting(llm: LLM, items: Sequence[Item], max_new_tokens: int) -> list[Item]:
     return fit
 
 
+def texts_seen(adapter: Adapter, run: Path) -> set[str]:
+    """The documents that an adapter of a run was trained on or, such as RUN/best, chosen by."""
+    files = [run / "episodes.jsonl"]
+    if adapter.folder.name != "adapter":
+        files += [path for path in [run / "heldout.jsonl"] if path.exists()]
+    try:
+        return {e["document"]["text"] for path in files for e in read_lines(path)}
+    except FileNotFoundError:
+        raise UserError(f"--adapter {run}: it has no episodes.jsonl, which tells what documents it has seen") from None
+
+
 def unseen_problems(llm: LLM, adapters: Sequence[Adapter], args: argparse.Namespace) -> list[Item]:
     """The items of `heldout`: written by the base model once for this folder, from documents no adapter has seen."""
     cfg, path = args.config, args.folder / "heldout.jsonl"
-    seen = {e["document"]["text"] for a in adapters if a.run for e in read_lines(a.run / "episodes.jsonl")}
+    seen = {text for a in adapters if a.run for text in texts_seen(a, a.run)}
     for adapter in (a for a in adapters if not a.run):
         tqdm.write(f"{adapter.label} is no run's: that it has not seen these documents is for you to know")
     unseen = (  # adapters may have seen more or less of a document than is used here

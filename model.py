@@ -27,6 +27,7 @@ from engine import fast, loading
 from engine.constrained import Field, TemplateFiller, Watcher
 from engine.memory import LOGITS_CHUNK_BYTES, PREFILL_TOKENS, Device, in_batches
 from engine.prefill import last_states, prefill
+from engine.text import chat
 
 # What a tokenizer without a chat template (a base model) is given instead.
 PLAIN_FORMAT = {
@@ -37,8 +38,8 @@ PLAIN_FORMAT = {
 # A text must not spell out the headings of PLAIN_FORMAT.
 PLAIN_HEADINGS = re.compile(r"###(?=\s*(?:request|response)\b)", re.IGNORECASE)
 
-# How many times as long attention with a mask takes, per pair of tokens, as without. On CUDA a mask rules out
-# FlashAttention: on an H200 3.9 times with 3,514 tokens, 1.2 with 704, where attention is a small part of the work.
+# Time of attention with a mask over that without, per pair of tokens. On CUDA a mask rules out FlashAttention: on an
+# H200 it takes 3.9 times as long with 3,514 tokens, 1.2 with 704, where attention is a small part of the work.
 MASKED = {"cpu": 1.0, "cuda": 4.0}
 
 
@@ -197,13 +198,13 @@ class LLM:
             text = self.special_tokens.sub(lambda match: match[0][0] + " " + match[0][1:], text)
         return text
 
-    def encode(self, system: str, user: str, prefill: str = "") -> list[int]:
-        """One exchange -> prompt ids ending where the assistant's text goes on after `prefill`."""
-        messages = [{"role": "system", "content": system}] if system else []
-        return self.encode_messages([*messages, {"role": "user", "content": user}], prefill)
+    def encode(self, user: str) -> list[int]:
+        """What the user says -> prompt ids, at whose end the assistant's text begins."""
+        return self.encode_messages(chat(user))
 
     def encode_messages(self, messages: Sequence[Mapping[str, str]], prefill: str = "") -> list[int]:
-        """A conversation (role and content of each turn, the last the user's) -> prompt ids, as `encode` gives them.
+        """A conversation (role and content of each turn, the last the user's) -> prompt ids, at whose end the
+        assistant's text goes on after `prefill`.
 
         Only the chat template can produce special tokens: whatever the texts spell out stays ordinary text.
         """

@@ -201,9 +201,9 @@ meet it and in what they do not; and the rating.
 1. Evidence: "..." ...
 Rating: 0, 1 or 2"""
 
-# The criterion stands before the answer. With the answer first, problem and answer could be read once for all criteria;
-# but by such a prompt, which also had other words, a 1.5B put a problem's reference above another's 18 times of 23, by
-# this one 21 times.
+# The criterion stands before the answer. With the answer first, problem and answer would be prefilled once for all
+# criteria, but a 1.5B then judged worse: it put a problem's reference above another's 18 times of 23, with this prompt
+# 21 times (the wording differed, too).
 RATE = """Problem: <problem>{problem}</problem>
 
 Criterion: <criterion>{criterion}</criterion>
@@ -334,7 +334,7 @@ def write_references(llm: LLM, problems: Sequence[Pair], cfg: Config) -> None:
     if not problems:
         return
     asked = crutches.REFERENCE if cfg.crutches else REFERENCE[cfg.task]
-    prompts = [llm.encode("", known(e.document.text, cfg) + fill(asked, problem=problem)) for e, problem in problems]
+    prompts = [llm.encode(known(e.document.text, cfg) + fill(asked, problem=problem)) for e, problem in problems]
     templates = [crutches.reference_template(problem, cfg) for _, problem in problems] if cfg.crutches else None
     limit, temperature = cfg.reference_tokens, cfg.proposer_temperature
     outputs = llm.generate(
@@ -357,7 +357,7 @@ def write_references(llm: LLM, problems: Sequence[Pair], cfg: Config) -> None:
 def solve(llm: LLM, episodes: Sequence[Episode], cfg: Config) -> None:
     """G answers to each problem by the current policy. The solver is given the problem and nothing else."""
     for e in episodes:
-        e.prompt_ids = llm.encode("", e.problem)
+        e.prompt_ids = llm.encode(e.problem)
     prompts, limit = [e.prompt_ids for e in episodes], cfg.max_new_tokens
     outputs = llm.generate(prompts, n=cfg.group_size, max_new_tokens=limit, temperature=cfg.temperature, desc="solve")
     for e, group in zip(episodes, outputs, strict=True):
@@ -531,7 +531,7 @@ def judge_by_logits(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], cfg: Conf
         replies = "012"
         prompts = [rate_prompt(e.problem, c, a.text, cfg.rubric_gold) for e, a in pairs for c in e.rubric]
     digits = llm.choice_ids(replies)
-    probs = llm.choice_probs([llm.encode("", prompt) for prompt in prompts], digits, desc="judge")  # (rows, replies)
+    probs = llm.choice_probs([llm.encode(prompt) for prompt in prompts], digits, desc="judge")  # (rows, replies)
     expected = iter((probs @ torch.linspace(0, 2, len(replies))).tolist())
     for e, a in pairs:
         a.ratings = [next(expected) for _ in e.rubric]
@@ -553,7 +553,7 @@ def judge_by_text(llm: LLM, pairs: Sequence[tuple[Episode, Answer]], temperature
             prompt = judge_prompt(e.problem, [e.rubric[k] for k in part], a.text, cfg.rubric_gold)
             if holistic:
                 prompt = fill(HOLISTIC, problem=e.problem, answer=final_answer(a.text))
-            calls.append((e, a, part, llm.encode("", prompt)))
+            calls.append((e, a, part, llm.encode(prompt)))
     if not calls:
         return
     templates = [HOLISTIC_TEMPLATE if holistic else judge_template(len(part), RATING_TOKENS) for _, _, part, _ in calls]

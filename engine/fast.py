@@ -51,13 +51,13 @@ def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return adapted(layer.base_layer, *lora_of(layer), torch.addmm, x)
 
 
-def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of the weight of a linear layer as numbers, (outputs, inputs)."""
+def dequantized(layer: Any, dtype: torch.dtype, copy: bool) -> torch.Tensor:
+    """The weight of a linear layer as numbers, (outputs, inputs); without `copy` perhaps itself."""
     if state := getattr(layer.weight, "quant_state", None):
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(layer.weight.data, state).to(dtype)
-    return layer.weight.data.to(dtype, copy=True)
+    return layer.weight.data.to(dtype, copy=copy)
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -71,8 +71,8 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 @contextlib.contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Inside, blocks over 1 MiB come from the system and not from glibc's heap: among copies that stay, those that are
-    freed would leave holes there that the next does not fit, with a 0.5B model 40% of its weights."""
+    """Inside, blocks over 1 MiB come from the system and not from glibc's heap, which temporary tensors would leave
+    fragmented between copies that stay: with a 0.5B model by 40% of its weights."""
     glibc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(glibc, "mallopt", lambda option, value: None)
     threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -98,7 +98,7 @@ def prepared_forwards(model: Any, dtype: torch.dtype, with_adapters: bool, dequa
     for layer in lora_layers(model):
         forward, (a, b, scale) = layer.base_layer.forward, lora_of(layer)
         if dequantize:
-            weight = dequantized(layer.base_layer, dtype)
+            weight = dequantized(layer.base_layer, dtype, copy=fold)
             if fold:
                 weight.addmm_(b, a, alpha=scale)
             forward = linear(weight, layer.base_layer.bias)
@@ -444,12 +444,16 @@ def segment_mask(segments: torch.Tensor) -> torch.Tensor | None:
 
 
 def segment_positions(segments: torch.Tensor) -> torch.Tensor:
-    """Position ids (B, T): those of the prompt, and each completion's as if it alone followed the prompt."""
+    """Position ids (B, T): those of the prompt, and each completion's as if it alone followed the prompt.
+
+    On padding they go on: beginning again at 0, they would look to transformers like another text in the row, for which
+    it makes a mask.
+    """
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     prompt = (segments == 0).sum(-1, keepdim=True)
     within = index - torch.where(begins, index, 0).cummax(-1).values
-    return within + torch.where(segments > 0, prompt, 0)
+    return torch.where(segments < 0, index, within + torch.where(segments > 0, prompt, 0))
 
 
 def predictors(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Guards: what may change a grade besides the judge, each a pure function of the text that --skip-guards leaves out.
 
-Three veto an answer (reward 0; its grade stays on record), the fourth shortens the reward of long ones. They read the
+Three veto an answer (reward 0; its grade stays on record), the fourth lowers the reward of long ones. They read the
 final answer, never a reasoning model's thoughts, and know English and the judge's own format only. Whether an answer
 is right is for the judge to say, and its prompts keep the answer apart from what is said to it: so a guard that vetoes
 a good answer does more harm than one that overlooks a bad one.

@@ -187,7 +187,7 @@ def reference_logps(llm: LLM, pairs: Sequence[tuple[str, str]]) -> list[float]:
     Nothing is sampled, so that small changes show. It tells whether the policy comes closer to what was written with
     the document in view: to what is said, but also to how. Raises UserError if a pair exceeds the model's context.
     """
-    prompts = [llm.encode("", problem) for problem, _ in pairs]
+    prompts = [llm.encode(problem) for problem, _ in pairs]
     said = [llm.text_ids(reference) for _, reference in pairs]
     found = [math.nan] * len(pairs)
 

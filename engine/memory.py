@@ -50,7 +50,8 @@ GENERIC_CRITERIA = 4  # with --rubric generic, whatever --max-criteria
 class Batch:
     """The largest batch of a role: `prompts` prompts of `prompt` tokens, each continued `n` times by `new` tokens.
 
-    Of the logits judge, which writes nothing: all but the last `rest` tokens of each row are one of `prefixes`.
+    The logits judge writes nothing: its rows begin with one of `prefixes` shared prompts and end with `rest` tokens of
+    their own.
     """
 
     prompts: int
@@ -169,7 +170,7 @@ def halved(what: str, rows: int, longest: int, budget: int) -> int:
     if rows <= 1:
         raise UserError(one_row_too_long(what, longest))
     budget = min(budget, rows * longest) // 2
-    tqdm.write(f"out of memory in {what} with {rows} rows of {longest} tokens: now under {budget} tokens")
+    tqdm.write(f"out of memory in {what} with {rows} rows of {longest} tokens: from now on at most {budget} in a batch")
     return budget
 
 

@@ -1,7 +1,7 @@
 """What a run writes down of a step: numbers, episodes, and what a person reads while it goes on."""
 
 import contextlib
-import importlib
+import importlib.util
 import shlex
 import statistics
 import time
@@ -103,7 +103,7 @@ def metrics(
         "reward_std": statistics.pstdev(rewards) if rewards else None,
         "reward_spread": mean([group_std(e) for e in graded]),
         "grade_mean": mean([a.grade or 0.0 for a in answers]),
-        "grade_spread": mean([statistics.pstdev([a.grade or 0.0 for a in e.answers]) for e in graded]),
+        "grade_spread": mean([group_std(e, "grade") for e in graded]),
         "zero_spread_share": zero / len(graded) if graded else None,
         "groups_trained": trained.get("groups_trained", 0),
         "drops": Counter(e.drop for e in episodes if e.drop),
@@ -122,8 +122,8 @@ def metrics(
     }
 
 
-def group_std(episode: Episode) -> float:
-    return statistics.pstdev([a.reward or 0.0 for a in episode.answers])
+def group_std(episode: Episode, of: str = "reward") -> float:
+    return statistics.pstdev([getattr(a, of) or 0.0 for a in episode.answers])
 
 
 # ------------------------------------------------------------------------------------------ what stops a run
@@ -183,6 +183,8 @@ def refusing(tracker: str) -> Iterator[None]:
 
 def check_tracker(cfg: Config) -> None:
     """Raises UserError if the tracker's package cannot be used, or wants a login that is not there or not valid."""
+    if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
+        raise UserError(f"--tracker {cfg.tracker}: not installed; pip install {cfg.tracker}")
     with refusing(cfg.tracker):
         if cfg.tracker == "tensorboard":
             importlib.import_module("torch.utils.tensorboard")

@@ -86,8 +86,8 @@ def source(corpus: Corpus, cfg: Config, watched: Sequence[Episode]) -> "Corpus |
     held_out = {e.document.text for e in watched}
     if all(e.document.text in held_out for e in recording(cfg).episodes.values()):
         raise UserError(
-            f"--episodes {cfg.episodes}: all its documents are held out in this run; record with the same --audit, "
-            "--eval-every and --eval-documents"
+            f"--episodes {cfg.episodes}: this run sets all its documents aside to measure on; give the --audit, "
+            "--eval-every and --eval-documents of the recording, or record more"
         )
     return recording(cfg)
 

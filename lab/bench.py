@@ -154,7 +154,7 @@ class Theirs:
         self.reader = reader = self.prepared(bf16)
         trainer.meter = Meter()
         trainer.answers = [a.ids for e in episodes for a in e.answers]
-        trainer.prompt_rows = [reader.encode("", e.problem) for e in episodes for _ in e.answers]
+        trainer.prompt_rows = [reader.encode(e.problem) for e in episodes for _ in e.answers]
 
     def prepared(self, bf16: bool) -> Reader:
         """The trainer's model set to the same numbers as pop.py's, and its reader.
@@ -182,7 +182,7 @@ class Theirs:
         From expected ratings, as rubric.judge_by_logits: one row for each answer and criterion.
         """
         llm, pairs = self.reader, [(self.episodes[g], c[0]["content"]) for g, c in zip(group, completions, strict=True)]
-        rows = [llm.encode("", rubric.rate_prompt(e.problem, c, text)) for e, text in pairs for c in e.rubric]
+        rows = [llm.encode(rubric.rate_prompt(e.problem, c, text)) for e, text in pairs for c in e.rubric]
         digits = llm.choice_ids("012")
         expected = torch.empty(len(rows))
         llm.model.eval()

@@ -13,6 +13,7 @@ Metrics = Sequence[Mapping[str, Any]]  # the records of metrics.jsonl
 
 CURVES = (  # the key in metrics.jsonl, the title, the vertical axis
     ("reward_mean", "Reward, ± spread within groups", "mean over answers"),
+    ("grade_mean", "Grade before guards, ± spread within groups", "mean over answers"),
     ("heldout_reward", "Held-out reward", "mean over answers"),
     ("heldout_similarity", "Held-out similarity to references", "cosine"),
     ("heldout_reference_logp", "Held-out log-probability of references", "nats a token"),
@@ -22,6 +23,7 @@ CURVES = (  # the key in metrics.jsonl, the title, the vertical axis
     ("entropy", "Entropy", "nats a token"),
     ("grad_norm", "Gradient before clipping", "L2 norm"),
 )
+SPREADS = {"reward_mean": "reward_spread", "grade_mean": "grade_spread"}  # drawn as a band around the curve
 MANY = 60  # beyond so many points a curve is smoothed
 
 # Colours stand for CSS variables of the page, which alone knows whether it is light or dark.
@@ -66,8 +68,8 @@ def draw(axes: Any, metrics: Metrics, key: str, colour: str) -> None:
         axes.plot(steps, smoothed(means), linewidth=1.5, **look)
     else:
         axes.plot(steps, means, linewidth=1.3, marker="o", markersize=3, **look)
-    if key == "reward_mean":
-        spread = dict(points(metrics, "reward_spread"))
+    if key in SPREADS:
+        spread = dict(points(metrics, SPREADS[key]))
         low, high = ([mean + sign * spread.get(step, 0.0) for step, mean in values] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
 

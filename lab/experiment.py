@@ -4,8 +4,8 @@
     python -m lab.experiment docs/results/NAME.json
 
 The first collects what runs, whose folders are named ARM-SEED, and evaluations of them by eval.py hold. Both write the
-table to the pages that have the lines `<!-- NAME -->` and `<!-- end -->`, README.md and those of docs/, in the README
-its core, and the plot to docs/images/NAME.png.
+table to the pages of docs/ that have the lines `<!-- NAME -->` and `<!-- end -->`, its main rows and columns to
+README.md, and the plot to docs/images/NAME.png.
 """
 
 import argparse

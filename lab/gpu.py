@@ -178,7 +178,7 @@ def random_base(
 def random_llm(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> LLM:
     """As pop.py loads it of weights on disk."""
     base, tokenizer, dtype = random_base(shapes, device, dtype)
-    options: dict[str, Any] = dict(token_budget=49_152, cuda_graph=device.type == "cuda")
+    options: dict[str, Any] = dict(token_budget=PRESETS["24gb"]["rollout_tokens"], cuda_graph=device.type == "cuda")
     return LLM(loading.with_lora(base, 32, 64), tokenizer, dtype=dtype, **options)
 
 

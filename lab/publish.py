@@ -77,7 +77,7 @@ def likeliest(cfg: Config, adapter: Adapter, load_in: str, texts: Sequence[tuple
     llm.take_adapter(adapter.folder)
     found = []
     for problem, answer in tqdm(texts, desc=f"agreement, {load_in}"):
-        prompt, said = llm.encode("", problem), llm.text_ids(answer)
+        prompt, said = llm.encode(problem), llm.text_ids(answer)
         ids = torch.tensor([[*prompt, *said]], device=llm.device)
         with llm.autocast():
             states = llm.hidden(ids, None, torch.arange(ids.shape[1], device=llm.device)[None])

@@ -34,7 +34,7 @@ def measure(args: argparse.Namespace, flags: Sequence[str]) -> None:
     base = parse_args(given)
     # On a CPU too, which has the memory: with weights in 4 bits decoding would take most of the time.
     dequantize = base.dequantize != "off"
-    llm = model.load(base.model, load_in=base.load_in, token_budget=base.rollout_tokens, dequantize=dequantize)
+    llm = model.load(base.model, token_budget=base.rollout_tokens, **base.loading | {"dequantize": dequantize})
     for task in args.tasks:
         cfg = parse_args([*given, "--task", task])
         torch.manual_seed(cfg.seed)

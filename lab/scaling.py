@@ -221,12 +221,12 @@ def steps_table() -> str:
 def sizes_table() -> str:
     rows = []
     for name, shapes in NAMES.items():
-        plain, copied = peak(shapes, settings(16, "24gb")), peak(shapes, settings(64), dequantized=True)
+        plain, copied = peak(shapes, settings(16, "16gb")), peak(shapes, settings(64), dequantized=True)
         card = next(size for size, gib in CARDS.items() if plain <= gib)
         adapter = 4 * shapes.lora_params(32) / 1e9
         row = [name, f"{plain:.0f} GiB: {card} GB", f"{copied:.0f} GiB: {'yes' if copied <= H200 else 'no'}"]
         rows.append([*row, f"{adapter:.2f} GB", f"{3 * adapter:.2f} GB", f"{1e3 * 2 * 1e9 * adapter / LINK:.0f} ms"])
-    header = "model | preset 24gb: card | dequantized, 48gb: fits an H200 | adapter | a checkpoint | gradients summed"
+    header = "model | preset 16gb: card | dequantized, 48gb: fits an H200 | adapter | a checkpoint | gradients summed"
     return markdown(header, rows)
 
 

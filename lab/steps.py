@@ -158,7 +158,7 @@ class Ours:
         self.llm = llm or model.load(work.model, **cfg.loading, **options)
         self.recorded = recorded(work, self.llm.tokenizer, self.llm.eos_ids[0])
         # A micro-batch of no more tokens than TRL's.
-        longest = max(len(self.llm.encode("", e.problem)) for e in self.recorded) + work.new_tokens
+        longest = max(len(self.llm.encode(e.problem)) for e in self.recorded) + work.new_tokens
         update_tokens = min(cfg.update_tokens, work.micro_rows * longest)
         self.cfg = replace(cfg, steps=10**6, warmup_steps=0, update_tokens=update_tokens)
         self.state = pop.new_state(self.llm, self.cfg)
@@ -167,7 +167,7 @@ class Ours:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside, what is generated are the recorded answers."""
-        left = {tuple(self.llm.encode("", e.problem)): [a.ids for a in e.answers] for e in self.recorded}
+        left = {tuple(self.llm.encode(e.problem)): [a.ids for a in e.answers] for e in self.recorded}
         decode = fast.decode
 
         def given(llm: Any, ids: torch.Tensor, mask: torch.Tensor, *rest: Any, processors: Any, **named: Any) -> Any:

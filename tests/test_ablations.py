@@ -462,5 +462,5 @@ def test_a_replay_of_held_out_documents_alone_is_refused(recorded):
     assert sources.source("the corpus", Config(), held_out) == "the corpus"
     cfg = Config(episodes=recorded)
     assert sources.source("the corpus", cfg, held_out[:1]) is sources.recording(cfg)
-    with pytest.raises(UserError, match="all its documents are held out in this run"):
+    with pytest.raises(UserError, match="this run sets all its documents aside to measure on"):
         sources.source("the corpus", Config(episodes=recorded), held_out)

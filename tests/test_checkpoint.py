@@ -1,6 +1,7 @@
 """Killed, stopped or damaged, a run that goes on ends as one that was never interrupted: bit for bit."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -54,12 +55,11 @@ def resume(run, **options) -> int:
     ("once", "now"),
     [
         ({"dequantize": "auto"}, {"dequantize": "auto"}),
-        ({"task": "general"}, {"task": "instructions"}),
         ({"task": "health"}, {"task": "health"}),
         ({"skip_guards": ["length"]}, {"skip_guards": ("length",)}),
     ],
 )
-def test_the_configuration_of_an_older_run_is_read_by_the_names_of_today(tmp_path, once, now):
+def test_a_stored_configuration_is_read_as_it_was(tmp_path, once, now):
     (tmp_path / "config.json").write_text(json.dumps(once))
     assert config.stored_config(tmp_path) == now
     assert pop.parse_args(["--resume", str(tmp_path)]) == pop.Config(**now, resume=str(tmp_path))
@@ -273,6 +273,13 @@ def test_a_field_that_changes_no_result_may_change(copy, capsys):
     cfg = pop.parse_args(["--resume", str(copy), "--save-every", "5"])
     assert (cfg.save_every, cfg.steps, cfg.load_in) == (5, 8, "fp32")
     assert "changed on resume: save_every: 1 -> 5" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_without_the_tracker_that_it_had_elsewhere(copy):
+    stored = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(stored | {"tracker": "trackio"}))
+    assert importlib.util.find_spec("trackio") is None
+    assert pop.parse_args(["--resume", str(copy), "--tracker", "none"]).tracker == "none"
 
 
 def test_every_safe_field_exists():

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -128,7 +129,7 @@ def test_the_base_model_is_always_measured_and_all_adapters_share_one_load(tiny,
     assert {name.removesuffix(".jsonl") for name in said} == {"base", "run", "other"}
 
     alone = tiny_llm(trained=False)  # each model by itself, as its own load would answer
-    ids = [alone.encode("", p) for p in PROMPTS]
+    ids = [alone.encode(p) for p in PROMPTS]
 
     def answers(llm):
         return [c.text for (c,) in llm.generate(ids, max_new_tokens=8, temperature=0)]
@@ -425,6 +426,22 @@ def test_held_out_problems_are_never_of_documents_that_an_adapter_was_trained_on
     assert len(made) == len(set(made))  # what was there is not made again
 
 
+def test_the_best_adapter_has_seen_what_it_was_chosen_by_too(tmp_path):
+    run = adapter(tmp_path / "run")
+    shutil.copytree(run / "adapter", run / "best")
+    for name in ("episodes", "heldout"):
+        (run / f"{name}.jsonl").write_text(json.dumps({"document": {"id": "d", "text": f"of {name}"}}) + "\n")
+    found = {name: evaluation.find_adapter(str(run / name)) for name in (".", "best")}
+    assert evaluation.texts_seen(found["."], run) == {"of episodes"}
+    assert evaluation.texts_seen(found["best"], run) == {"of episodes", "of heldout"}
+
+
+def test_a_run_without_episodes_is_one_line(tmp_path):
+    run = adapter(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^--adapter \S+run: it has no episodes.jsonl, which tells what documents"):
+        evaluation.texts_seen(evaluation.find_adapter(str(run)), run)
+
+
 # ------------------------------------------------------------------------------------------------- settings
 
 
@@ -458,13 +475,13 @@ def test_flags_win_over_what_a_run_was_made_with(tmp_path, monkeypatch):
     flags = ["--preset", "16gb", "--load-in", "bf16", "--task", "health"]
     cfg = settings_of(tmp_path, monkeypatch, *flags, rollout_tokens=99, max_new_tokens=48, task="writing")
     assert (cfg.preset, cfg.load_in, cfg.task) == ("16gb", "bf16", "health")
-    assert (cfg.rollout_tokens, cfg.max_new_tokens) == (8_192, 48)
+    assert (cfg.rollout_tokens, cfg.max_new_tokens) == (32_768, 48)
 
 
 def test_without_a_run_the_lengths_are_those_of_training_on_the_task():
     args = evaluation.parser().parse_args(["audit", "--preset", "24gb", "--task", "writing"])
     cfg = evaluation.configure(args, ("model", "judge", "task", "corpus", "seed"))
-    assert (cfg.max_new_tokens, cfg.reference_tokens, cfg.rollout_tokens) == (2_048, 1_536, 49_152)
+    assert (cfg.max_new_tokens, cfg.reference_tokens, cfg.rollout_tokens) == (2_048, 1_536, 98_304)
 
 
 def test_a_tracker_that_a_run_had_elsewhere_is_not_needed(tmp_path, monkeypatch):

@@ -275,7 +275,7 @@ def test_the_solver_of_the_other_trainer_is_given_the_same_tokens(recorded, serv
     rows, _ = exported(run_of(tmp_path / "run", recorded, folder), "verl", served.url)
     for row, e in zip(rows, recorded, strict=True):
         text = llm.tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        assert llm.tokenizer(text).input_ids == llm.encode("", e.problem)
+        assert llm.tokenizer(text).input_ids == llm.encode(e.problem)
 
 
 def test_verl_reads_the_columns_that_it_documents(recorded, served, folder, tmp_path):

@@ -97,6 +97,19 @@ def test_in_16_bits_adapters_too_small_for_the_weights_rounding_still_count(llm,
     torch.testing.assert_close(y.float(), torch.full((1, 32), expected), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_weights_that_are_not_quantized_are_not_copied_in_16_bits(llm, with_adapters):
+    """Of a 7B in bf16 a copy would be 12 GiB for nothing."""
+    layers = fast.lora_layers(llm.model)
+    for layer in layers:
+        layer.base_layer.to(torch.bfloat16)
+    made: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "linear", lambda weight, bias: made.append(weight) or (lambda x: x))
+        fast.prepared_forwards(llm.model, torch.bfloat16, with_adapters, dequantize=True)
+    assert [w.data_ptr() for w in made] == [layer.base_layer.weight.data_ptr() for layer in layers]
+
+
 def test_in_16_bits_adapters_are_rounded_once_for_a_phase():
     """Not at each of the decoding steps, and again once they were trained."""
     llm = tiny_llm()
@@ -371,7 +384,7 @@ def test_segments_positions_and_masks_of_a_row_worked_by_hand():
     assert ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
     assert segments.tolist() == [[0, 0, 1, 1, 2], [0, 1, 1, -1, -1]]
     assert fast.segment_positions(segments)[0].tolist() == [0, 1, 2, 3, 2]
-    assert fast.segment_positions(segments)[1, :3].tolist() == [0, 1, 2]  # then padding
+    assert fast.segment_positions(segments)[1].tolist() == [0, 1, 2, 3, 4]  # on padding too
     rows, columns = fast.predictors(segments)
     assert (rows.tolist(), columns.tolist()) == ([0, 0, 0, 1, 1], [1, 2, 1, 0, 1])
     mask = fast.segment_mask(segments)
@@ -383,6 +396,20 @@ def test_segments_positions_and_masks_of_a_row_worked_by_hand():
         [1, 1, 0, 0, 1],
     ]
     assert fast.segment_mask(segments[1:]) is None  # causal attention does the same
+
+
+def test_rows_of_one_completion_each_are_attended_to_without_a_mask(llm):
+    """With one, CUDA could not use FlashAttention; transformers makes one where it finds several texts in a row."""
+    attention, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(*args, attn_mask=None, **more):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        llm.logps(*fast.segments_of([([1, 2, 3], [[4, 5, 6, 7]]), ([8, 9], [[10]])], END), temperature=1.0)
+    assert masks and masks == [None] * len(masks)
 
 
 @settings(derandomize=True, database=None, deadline=None)

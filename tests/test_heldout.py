@@ -570,7 +570,7 @@ def test_reference_logps_are_the_mean_log_probabilities_of_a_plain_pass_over_eac
         with llm.adapters_off() if off else contextlib.nullcontext():
             found = heldout.reference_logps(llm, pairs)
             for value, (problem, reference) in zip(found, pairs, strict=True):
-                prompt, said = llm.encode("", problem), llm.text_ids(reference)
+                prompt, said = llm.encode(problem), llm.text_ids(reference)
                 logits = llm.model(torch.tensor([[*prompt, *said]])).logits[0, len(prompt) - 1 : -1]
                 expected = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(said))
                 assert value == pytest.approx(-expected.item(), abs=1e-5)
@@ -580,7 +580,7 @@ def test_reference_logps_are_the_mean_log_probabilities_of_a_plain_pass_over_eac
 def test_training_on_the_reference_raises_its_log_probability_and_not_that_of_another(llm):
     pairs = [("Why does bread rise?", "Yeast makes gas."), ("Why do tides turn?", "The moon pulls.")]
     before = heldout.reference_logps(llm, pairs)
-    (prompt, said) = llm.encode("", pairs[0][0]), llm.text_ids(pairs[0][1])
+    (prompt, said) = llm.encode(pairs[0][0]), llm.text_ids(pairs[0][1])
     optimizer = torch.optim.SGD(pop.trainable(llm), lr=0.05)
     for _ in range(5):
         logps, _ = llm.logps(*fast.segments_of([(prompt, [said])], llm.pad_id), temperature=1.0)

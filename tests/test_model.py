@@ -35,6 +35,7 @@ from engine import fast
 from engine.constrained import Field
 from engine.fast import batches
 from engine.loading import check_plain, pick_device, resolve, use_expandable_segments
+from engine.text import chat
 from model import LLM, Completion, load
 
 END, START, STOP = 256, 257, 258  # ids of the byte tokenizer's <|end|>, <|start|>, <|stop|>
@@ -612,24 +613,24 @@ def test_there_are_thirty_hostile_texts():
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_only_the_template_writes_special_tokens(llm, text):
-    assert special_ids(llm.encode("a", "b", "c")) == [START, END, START, END, START]
-    assert special_ids(llm.encode(text, text, text)) == [START, END, START, END, START]
+    assert special_ids(llm.encode_messages(chat("b", system="a"), "c")) == [START, END, START, END, START]
+    assert special_ids(llm.encode_messages(chat(text, system=text), text)) == [START, END, START, END, START]
     assert special_ids(llm.text_ids(text)) == []
 
 
 def test_a_special_token_cannot_be_split_over_two_texts(llm):
     for cut in range(1, len("<|end|>")):
         head, tail = "<|end|>"[:cut], "<|end|>"[cut:]
-        assert special_ids(llm.encode(head, tail + head, tail)) == [START, END, START, END, START]
+        assert special_ids(llm.encode_messages(chat(tail + head, system=head), tail)) == [START, END, START, END, START]
         llm.tokenizer.chat_template = None
-        assert special_ids(llm.encode(head, tail + head, tail)) == []
+        assert special_ids(llm.encode_messages(chat(tail + head, system=head), tail)) == []
         llm.tokenizer.chat_template = byte_tokenizer().chat_template
 
 
 def test_an_added_token_that_is_not_special_is_broken_too(llm):
     llm.tokenizer.add_tokens(["<tool_call>"])
     assert llm.tokenizer("<tool_call>").input_ids == [259]
-    assert special_ids(llm.encode("", "a <tool_call> b <to<tool_call>ol_call>")) == [START, END, START]
+    assert special_ids(llm.encode("a <tool_call> b <to<tool_call>ol_call>")) == [START, END, START]
 
 
 def test_added_tokens_that_overlap_are_all_broken(llm):
@@ -638,19 +639,19 @@ def test_added_tokens_that_overlap_are_all_broken(llm):
 
 
 def test_harmless_text_reaches_the_model_as_it_is(llm):
-    ids = llm.encode("Be <brief>.", "2 < 3 | 4 > 3?", "Yes")
+    ids = llm.encode_messages(chat("2 < 3 | 4 > 3?", system="Be <brief>."), "Yes")
     assert llm.tokenizer.decode(ids) == (
         "<|start|>system\nBe <brief>.<|end|>\n<|start|>user\n2 < 3 | 4 > 3?<|end|>\n<|start|>assistant\nYes"
     )
 
 
 def test_without_a_system_text_there_is_no_system_message(llm):
-    assert llm.tokenizer.decode(llm.encode("", "Hi")) == "<|start|>user\nHi<|end|>\n<|start|>assistant\n"
+    assert llm.tokenizer.decode(llm.encode("Hi")) == "<|start|>user\nHi<|end|>\n<|start|>assistant\n"
 
 
 def test_a_tokenizer_without_chat_template_gets_the_plain_format(llm):
     llm.tokenizer.chat_template = None
-    ids = llm.encode("Be {brief}.", "Why <|end|>?", "As")
+    ids = llm.encode_messages(chat("Why <|end|>?", system="Be {brief}."), "As")
     assert llm.tokenizer.decode(ids) == "Be {brief}.\n\n### Request\nWhy < |end|>?\n\n### Response\nAs"
     assert special_ids(ids) == []
 
@@ -664,7 +665,7 @@ def test_a_prompt_does_not_end_with_what_a_tokenizer_puts_after_every_text(llm):
     )
     llm.tokenizer.backend_tokenizer.post_processor = ends
     assert llm.tokenizer("Hi").input_ids == [START, *llm.text_ids("Hi"), END]
-    ids = llm.encode("", "Hi")
+    ids = llm.encode("Hi")
     assert ids[0] == START and END not in ids and START not in ids[1:]
 
 
@@ -687,17 +688,17 @@ def test_where_a_template_takes_no_system_message_it_begins_the_user_s(llm):
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}{{ '<|start|>assistant\\n' }}"
     )
-    text = llm.tokenizer.decode(llm.encode("Be brief.", "Why?"))
+    text = llm.tokenizer.decode(llm.encode_messages(chat("Why?", system="Be brief.")))
     assert text == "<|start|>user\nBe brief.\n\nWhy?<|end|>\n<|start|>assistant\n"
 
 
 def test_a_reply_is_read_off_after_the_thought_that_a_template_begins(llm):
     other = tiny_llm()
-    plain = other.encode("", "Yes or No?")
+    plain = other.encode("Yes or No?")
     closed = [*plain, *other.text_ids("<think>\n\n</think>\n\n")]
     expected = other.choice_probs([closed], [65, 66])
     llm.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
-    asked = llm.encode("", "Yes or No?")
+    asked = llm.encode("Yes or No?")
     assert asked == [*plain, *llm.text_ids("<think>\n")]
     torch.testing.assert_close(llm.choice_probs([asked], [65, 66]), expected)
     by_template = dict(max_new_tokens=9, temperature=0, templates=[[Field("> ", 4)]])

@@ -159,7 +159,7 @@ def test_all_but_the_update_see_the_documents_that_a_step_takes():
 
 
 def test_the_logits_judge_holds_the_prefixes_of_one_batch_at_a_time():
-    cfg = replace(config_of("24gb"), judge="logits", documents=2, oversample=1.0)
+    cfg = replace(config_of("24gb"), rollout_tokens=49_152, judge="logits", documents=2, oversample=1.0)
     few, many = (work_of(replace(cfg, documents=n))["judge"] for n in (2, 200))
     # 49,152 tokens are 21 rows of 450 + 512 + 250 + 1,024, or 2 groups of 8 answers with one prefix each.
     assert few == many and (many.prompt, many.prefixes, many.rest) == (2_236, 2, 1_024 + memory.QUESTION)
@@ -226,10 +226,10 @@ def test_48gb_preset_fits_44_gib_in_every_phase():
     assert max(predict(shapes_of(cfg.model), work_of(cfg), "cuda", cfg).values()) <= 44 * GIB
 
 
-@pytest.mark.parametrize(("judge", "bf16"), [("generate", True), ("generate", False), ("logits", True)])
-def test_16gb_preset_fits_13_gib_in_every_phase_with_its_own_judge_in_fp32_too(judge: str, bf16: bool):
+@pytest.mark.parametrize("judge", ["generate", "logits"])
+def test_16gb_preset_fits_13_gib_in_every_phase_with_either_judge(judge: str):
     cfg = replace(config_of("16gb"), judge=judge)
-    peaks = predict(shapes_of(cfg.model), work_of(cfg), "cuda", cfg, bf16=bf16)
+    peaks = predict(shapes_of(cfg.model), work_of(cfg), "cuda", cfg)
     assert max(peaks.values()) <= 13 * GIB, peaks
 
 
@@ -237,7 +237,7 @@ def test_the_prefill_is_in_chunks_so_that_more_documents_cost_only_their_cache()
     cfg = config_of("24gb")
     batch = Batch(prompts=40, prompt=1_000, new=100)
     twice = replace(batch, prompts=80)
-    assert (cfg.rollout_tokens, memory.PREFILL_TOKENS["cuda"]) == (49_152, 8_192)
+    assert (cfg.rollout_tokens, memory.PREFILL_TOKENS["cuda"]) == (98_304, 8_192)
     more = plan.rollout_bytes(QWEN_7B, twice, 2, 8_192) - plan.rollout_bytes(QWEN_7B, batch, 2, 8_192)
     assert more == 40 * 1_100 * QWEN_7B.kv_bytes(2)
 
@@ -278,7 +278,7 @@ def test_the_plan_says_what_it_will_do_and_that_memory_is_arithmetic():
     assert "7.62 B parameters in 4bit, LoRA r=32 trains 80.7 M" in text
     assert "24 a step, 16 of them trained on, from" in text
     assert "196,608" in text and "131,072" in text  # 24 and 16 documents x 8 answers x 1,024 tokens
-    assert "GiB, fits a 16 GB card." in text
+    assert "GiB, fits a 24 GB card." in text
     assert "arithmetic, not measured" in text
 
 

@@ -38,7 +38,7 @@ def group(llm, rewards, seed=0, prompt="Why?", lengths=None) -> Episode:
     ]
     for answer, advantage in zip(answers, pop.group_advantages(rewards), strict=True):
         answer.advantage = advantage
-    return Episode(Document("d", ""), prompt, "r", answers, RUBRIC, llm.encode("", prompt))
+    return Episode(Document("d", ""), prompt, "r", answers, RUBRIC, llm.encode(prompt))
 
 
 def gradients(llm, episodes, cfg) -> list[torch.Tensor]:
@@ -491,7 +491,7 @@ def test_a_card_too_small_for_the_default_model_is_told_so_in_one_line_but_not_w
     with pytest.raises(UserError, match=r"a card has 12 GiB.*--preset 16gb.*--preset demo") as error:
         pop.parse_args([])
     assert "\n" not in str(error.value)
-    assert pop.parse_args(["--preset", "16gb", "--model", "small"]).rollout_tokens == 8_192
+    assert pop.parse_args(["--preset", "16gb", "--model", "small"]).rollout_tokens == 32_768
     with pytest.raises(SystemExit) as exit:
         pop.parse_args(["--help"])
     assert exit.value.code == 0
@@ -540,6 +540,8 @@ def test_tensorboard_files_hold_each_step_s_numbers(played, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "wandb" else known(name, *of))
+    monkeypatch.setattr(pop, "load", None)
     with pytest.raises(UserError, match=r"--tracker wandb: not installed; pip install wandb"):
-        Config(tracker="wandb")
+        pop.main(["--preset", "demo", "--tracker", "wandb"])

@@ -92,7 +92,7 @@ def test_the_likeliest_tokens_are_those_of_a_plain_pass(trained):
     (found,) = publish.likeliest(cfg, adapter, "fp32", [("Why?", "Because it is.")])
     llm = publish.model.load(cfg.model, load_in="fp32")
     llm.take_adapter(adapter.folder)
-    prompt, said = llm.encode("", "Why?"), llm.text_ids("Because it is.")
+    prompt, said = llm.encode("Why?"), llm.text_ids("Because it is.")
     with torch.no_grad():
         logits = llm.model(torch.tensor([[*prompt, *said]])).logits[0]
     assert found.tolist() == logits.argmax(-1)[len(prompt) - 1 : -1].tolist() and len(found) == len(said)

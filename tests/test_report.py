@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import training
+from matplotlib.figure import Figure
 
 import config
 import pop
@@ -197,6 +198,14 @@ def test_what_is_known_of_one_step_of_one_run_has_a_plot():
 def test_a_curve_of_many_points_is_drawn_faintly_beside_its_mean(points, lines):
     svg = curves.svg_of([[metrics(step) for step in range(points)]], "kl", "nats")
     assert len(re.findall(r"fill: none; stroke: var\(--c0\)", svg)) == lines
+
+
+@pytest.mark.parametrize(("key", "band"), [("reward_mean", (0.25, 0.75)), ("grade_mean", (0.5, 0.7)), ("kl", None)])
+def test_rewards_and_grades_have_a_band_as_wide_as_their_own_spread(key, band):
+    axes = Figure().add_subplot()
+    curves.draw(axes, [metrics(step, grade_mean=0.6, grade_spread=0.1) for step in (1, 2)], key, "black")
+    bands = [path.get_extents() for drawn in axes.collections for path in drawn.get_paths()]
+    assert [(box.y0, box.y1) for box in bands] == ([pytest.approx(band)] if band else [])
 
 
 def test_smoothing_takes_the_mean_of_the_neighbours():

@@ -252,7 +252,7 @@ every_judge = pytest.mark.parametrize("judge", ["generate", "each", "logits"])
 def test_the_solver_sees_the_problem_and_nothing_else(llm, task):
     episodes, script = play(llm, task=task)
     (solver,) = script.of("solve")
-    assert solver.ids == [llm.encode("", problem) for problem in (KESTREL_PROBLEM, BREAD_PROBLEM)]
+    assert solver.ids == [llm.encode(problem) for problem in (KESTREL_PROBLEM, BREAD_PROBLEM)]
     assert [e.prompt_ids for e in episodes] == solver.ids
     assert [[a.text for a in e.answers] for e in episodes] == ANSWERS
 

@@ -119,6 +119,7 @@ def test_the_tokens_of_the_measured_step_are_counted(monkeypatch):
     monkeypatch.setitem(model.MASKED, "cpu", model.MASKED["cuda"])
     tiny = plan.Shapes(16, 1, 2, 1, 8, 16, 4_096, qkv_bias=True)
     llm = gpu.random_llm(tiny, torch.device("cpu"), torch.float32)
+    llm.token_budget = 49_152  # the preset's at that time
     pairs = 2 * SEVEN.linear_params / (4 * SEVEN.layers * SEVEN.heads * SEVEN.head_dim)
     llm.__dict__["pairs_a_token"] = pairs
     side, passed = steps.Ours(gpu.FULL.work, llm), {"judge": 0, "update": 0, "rollout": 0}

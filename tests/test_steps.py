@@ -69,7 +69,7 @@ def test_a_step_trains_on_the_recorded_tokens_and_nothing_else(llm, monkeypatch)
 
 def test_a_micro_batch_has_no_more_tokens_than_trls(llm):
     side = steps.Ours(Work(group_size=2, new_tokens=9, micro_rows=1), llm)
-    assert side.cfg.update_tokens == max(len(llm.encode("", e.problem)) for e in side.recorded) + 9
+    assert side.cfg.update_tokens == max(len(llm.encode(e.problem)) for e in side.recorded) + 9
 
 
 def test_the_meter_counts_a_phase_inside_another_for_the_inner_one_alone():

@@ -197,7 +197,7 @@ def episode(drop=None, answers=3, prompt="Why?", **fields) -> Episode:
     texts = [f"It is number {i} of them." for i in range(answers)]
     made = [Answer(t, llm.text_ids(t), ratings=[float(i % 3), 1.0], reward=9.0) for i, t in enumerate(texts)]
     told = {"failures": [{"role": "judge"}], "drop": drop}
-    return Episode(Document("d", "A text."), prompt, "r", made, RUBRIC, llm.encode("", prompt), **told)
+    return Episode(Document("d", "A text."), prompt, "r", made, RUBRIC, llm.encode(prompt), **told)
 
 
 def written(path, *episodes) -> Config:
