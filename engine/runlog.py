@@ -237,6 +237,8 @@ def one_line(m: dict[str, Any], cfg: Config) -> str:
         return "-" if value is None else format(value, form)
 
     seconds = " ".join(f"{phase} {s:.0f}s" for phase, s in m["seconds"].items())
+    if to_do := cfg.steps - m["step"]:
+        seconds += f", {tqdm.format_interval(to_do * sum(m['seconds'].values()))} left"  # if all take as long as this
     drops = ", ".join(f"{count}x {drop}" for drop, count in m["drops"].items())
     return (
         f"step {m['step']}/{cfg.steps}  reward {show(m['reward_mean'], '.3f')} ±{show(m['reward_spread'], '.3f')}  "

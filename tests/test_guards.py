@@ -181,6 +181,13 @@ def test_counts_of_each_guard_go_into_the_metrics():
     assert counted == {"judge_addressing": 1, "too_little_content": 1, "copies_problem": 0, "length": 1}
 
 
+@pytest.mark.parametrize(("step", "said"), [(40, "solve 30s update 60s, 1:30:00 left"), (100, "solve 30s update 60s")])
+def test_the_line_of_a_step_tells_how_long_the_others_take_at_its_pace(step, said):
+    told = runlog.metrics(step, [], {}, {"solve": 30.0, "update": 60.0}, pop.Corpus("samples"), {})
+    none = dict.fromkeys((*runlog.HELDOUT, *runlog.TRAINED, "completion_length", "truncated_share"))
+    assert runlog.one_line(none | told, Config(steps=100)).split("  | ")[1] == said
+
+
 def test_the_metrics_tell_the_spread_that_the_judge_makes_from_the_spread_that_guards_make():
     answers = [Answer(HONEST, [1] * n, ratings=[r]) for n, r in ((10, 1.0), (10, 1.2), (500, 1.4), (500, 1.6))]
     episode = Episode(Document("d", ""), PROBLEM, "r", answers, [Criterion("n", "g", "d", 1.0)])
