@@ -39,9 +39,9 @@ NF4 = (NF4_4_ROWS - HEAD - LAYER * SEVEN.layers - 4 * ROW) / SEVEN.linear_params
 FORWARD = JUDGE_SECONDS / (SEVEN.linear_params * JUDGE_TOKENS)
 UPDATE = UPDATE_SECONDS / (SEVEN.linear_params * UPDATE_TOKENS)
 
-# From the runs of docs/evaluation.md: attempts that 12 documents took Qwen2.5-Coder-1.5B on instructions, at a problem
-# and at a rubric; the spread of a group's tokens over their mean, by the 0.5B (by the 1.5B 0.15); of 36 documents in
-# three tasks those that gave a group to train on.
+# From runs of docs/evaluation.md, the 1.5B's by an earlier version: attempts that 12 documents took it on instructions,
+# at a problem and at a rubric; the spread of a group's tokens over their mean, by the 0.5B (by the 1.5B 0.15); of 36
+# documents in three tasks those that gave a group to train on.
 TRIES = (2, 2, 3, 2, 2, 1, 1, 1, 2, 3, 2, 1)
 RUBRICS = (1, 2, 2, 1, 1, 2, 1, 2, 2, 1, 2, 2)
 SPREAD = 0.26
