@@ -182,7 +182,7 @@ def test_a_judge_that_writes_is_asked_as_by_pop_and_its_ratings_find_their_crite
     server.requests.clear()
     assert module.trl_reward(**columns(rows, [episode])) == [pytest.approx((1 * 2 + 2 * 4) / (2 * 7))]
     wanted = []
-    monkeypatch.setattr(llm, "encode", lambda system, user: wanted.append(user) or [1])
+    monkeypatch.setattr(llm, "encode", lambda user: wanted.append(user) or [1])
     monkeypatch.setattr(llm, "generate", generate)
     with pytest.raises(Asked):
         rubric.judge(llm, [episode], cfg)
