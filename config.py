@@ -83,7 +83,7 @@ class Config:
     temperature: float = number(1.0, above=True)
     """Of the solver, in sampling and in the log-probabilities alike."""
     proposer_temperature: float = number(0.7, above=True)
-    """At 1.0 (paper) models of 0.5B and 1.5B lose the thread; problems differ because each is to be of another kind."""
+    """At 1.0 (paper) models of 0.5B and 1.5B lose the thread; problems differ as their kinds are drawn at random."""
     tries: int = number(5, 1)
     """Attempts at a problem before a document is dropped."""
     crutches: bool = False
@@ -135,7 +135,7 @@ class Config:
     """The reward is full up to this share of max_new_tokens, then falls along a cosine (SCOPE: 0.5)."""
     length_floor: float = number(0.1, 0, 1)
     """What is left of the reward at max_new_tokens (SCOPE: 0.05). An unfinished answer never has more. Where rewards
-    spread much more than grades (both are in the report), length decides what is learned: raise it, to 0.8 for one."""
+    spread much more than grades (both are in the report), length decides what is learned: raise it, to 0.8 say."""
     scale_by_std: bool = False
     """Divide advantages by the group's standard deviation (turns judge noise into full-size advantages)."""
     extremes: int = number(0)

@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,9 @@ def fitting(llm: LLM, items: Sequence[Item], max_new_tokens: int) -> list[Item]:
 
 def texts_seen(adapter: Adapter, run: Path) -> set[str]:
     """The documents that an adapter of a run was trained on or, such as RUN/best, chosen by."""
-    files = [run / "episodes.jsonl"]
-    if adapter.folder.name != "adapter":
-        files += [path for path in [run / "heldout.jsonl"] if path.exists()]
+    chosen_by = [] if adapter.folder.name == "adapter" else written(run / "heldout.jsonl")
     try:
-        return {e["document"]["text"] for path in files for e in read_lines(path)}
+        return {e["document"]["text"] for e in chain(read_lines(run / "episodes.jsonl"), chosen_by)}
     except FileNotFoundError:
         raise UserError(f"--adapter {run}: it has no episodes.jsonl, which tells what documents it has seen") from None
 

@@ -52,7 +52,7 @@ def lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def dequantized(layer: Any, dtype: torch.dtype, copy: bool) -> torch.Tensor:
-    """The weight of a linear layer as numbers, (outputs, inputs); without `copy` perhaps itself."""
+    """The weight of a linear layer as numbers, (outputs, inputs); without `copy` it may be the layer's own tensor."""
     if state := getattr(layer.weight, "quant_state", None):
         from bitsandbytes.functional import dequantize_4bit
 

@@ -233,6 +233,13 @@ def test_16gb_preset_fits_13_gib_in_every_phase_with_either_judge(judge: str):
     assert max(peaks.values()) <= 13 * GIB, peaks
 
 
+def test_16gb_preset_fits_13_gib_in_fp32_too_once_the_rehearsal_has_halved_its_batches_twice():
+    cfg = config_of("16gb")
+    cfg = replace(cfg, judge="generate", rollout_tokens=cfg.rollout_tokens // 4)
+    peaks = predict(shapes_of(cfg.model), work_of(cfg), "cuda", cfg, bf16=False)
+    assert max(peaks.values()) <= 13 * GIB, peaks
+
+
 def test_the_prefill_is_in_chunks_so_that_more_documents_cost_only_their_cache():
     cfg = config_of("24gb")
     batch = Batch(prompts=40, prompt=1_000, new=100)
